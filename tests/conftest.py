@@ -1,0 +1,24 @@
+"""Every test runs in float64, without implicit promotion, and with shapes checked at run time."""
+
+import random
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+install_import_hook("issm", "beartype.beartype")
+
+
+@pytest.fixture
+def getkey():
+    """A function that returns a new PRNG key on every call."""
+    seeds = random.Random(0)
+
+    def _getkey():
+        return jax.random.key(seeds.randint(0, 2**31 - 1))
+
+    return _getkey
