@@ -1,0 +1,1 @@
+"""Causal questions asked of a fitted model."""

@@ -1,0 +1,1 @@
+"""Exact inference: p(states | emissions, parameters)."""

@@ -1,0 +1,86 @@
+"""Joint draws of the states given the emissions."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from issm._check import fail
+from issm._types import PRNGKey
+from issm.inference.smoother import smooth_sequence
+from issm.interventions import Intervention
+from issm.models.lgssm import ParamsLGSSM
+from issm.models.sampling import sample_sequence
+from issm.models.trials import Trials, as_trials
+
+
+def posterior_sample(
+    key: PRNGKey,
+    params: ParamsLGSSM,
+    emissions: Any,
+    inputs: Any = None,
+    *,
+    interventions: Intervention | None = None,
+    num_samples: int = 1,
+) -> Float[Array, "*trials num_samples num_timesteps state_dim"]:
+    r"""Draw whole state paths from $p(x_{0:T-1} \mid y_{0:T-1}, do(\cdot), u)$.
+
+    Draws $(x^+, y^+)$ from the model with the data's missing entries, and corrects its mean:
+    $x^+ + E[x \mid y] - E[x \mid y^+]$. Exact, and no covariance is factorised.
+
+    Args:
+        key: JAX random key.
+        params: Model parameters.
+        emissions: $y_t$, `(num_timesteps, emission_dim)` or with a leading trial axis; NaN is missing.
+        inputs: Soft inputs, `(num_timesteps, input_dim)`, shared or one such array for each trial.
+        interventions: Clamps, shared or one for each trial.
+        num_samples: Number of draws for each trial, at least 1.
+
+    Returns:
+        Draws `(num_samples, num_timesteps, state_dim)`, with the leading trial axis of `emissions` before them if there is one.
+
+    Raises:
+        ValueError: If an argument has the wrong shape, type or values; the message names it.
+
+    References:
+        Durbin & Koopman (2002), *Biometrika* 89, sec. 2.2 (simulation smoother).
+
+    Examples:
+        >>> import jax, numpy as np, issm
+        >>> params = issm.make_lgssm_params([0.0], [1.0], [[0.9]], [0.1], [[1.0]], [0.5])
+        >>> issm.posterior_sample(jax.random.key(0), params, np.zeros((2, 4, 1)), num_samples=3).shape
+        (2, 3, 4, 1)
+    """
+    if isinstance(num_samples, bool) or not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
+        fail(
+            "num_samples",
+            got=repr(num_samples),
+            expected="an integer of at least 1",
+            remedy="Give the number of draws.",
+        )
+    return _posterior_sample(key, params, as_trials(params, emissions, inputs, interventions), num_samples)
+
+
+@jax.jit(static_argnames="num_samples")
+def _posterior_sample(key: PRNGKey, params: ParamsLGSSM, trials: Trials, num_samples: int) -> Array:
+    def smoothed_means(emissions: Array, inputs: Array, intervention: Intervention) -> Array:
+        return smooth_sequence(params, emissions, inputs, intervention, may_miss=trials.may_miss).smoothed_means
+
+    def one(emissions: Array, keys: Array, inputs: Array, intervention: Intervention) -> Array:
+        means = smoothed_means(emissions, inputs, intervention)
+
+        def draw(key: PRNGKey) -> Array:
+            states, drawn = sample_sequence(key, params, inputs, intervention)
+            drawn = jnp.where(jnp.isnan(emissions), jnp.nan, drawn) if trials.may_miss else drawn
+            return states + means - smoothed_means(drawn, inputs, intervention)
+
+        return jax.vmap(draw)(keys)
+
+    keys = jax.random.split(key, (trials.emissions.shape[0], num_samples))
+    axes = trials.plan.axes
+    draws = jax.vmap(one, in_axes=(0, 0, axes.inputs, axes.intervention))(
+        trials.emissions, keys, trials.plan.inputs, trials.plan.intervention
+    )
+    return draws[0] if trials.one_sequence else draws

@@ -1,0 +1,1 @@
+"""What the model is: parameters, transitions, draws. No inference."""

@@ -1,0 +1,192 @@
+"""The public door of every function that takes data: checks it, and gives it one form whatever the user's leading axes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from issm._check import as_float_array, check_finite, fail, is_concrete
+from issm.interventions import Intervention, no_intervention
+from issm.models.lgssm import ParamsLGSSM, TimeVarying, check_params
+
+
+class Plan(eqx.Module):
+    """Inputs and clamps of one or many trials, checked.
+
+    Attributes:
+        inputs: `(num_timesteps, input_dim)` where all trials share them, else with a leading trial axis.
+        intervention: Clamps; with a trial axis where trials differ.
+    """
+
+    inputs: Float[Array, "*trials num_timesteps input_dim"]
+    intervention: Intervention
+
+    @property
+    def axes(self) -> "Plan":
+        """`in_axes` for `jax.vmap` over trials."""
+        return Plan(
+            inputs=0 if self.inputs.ndim == 3 else None,  # type: ignore[arg-type]
+            intervention=jax.tree.map(lambda leaf: 0 if leaf.ndim == 3 else None, self.intervention),
+        )
+
+
+class Trials(eqx.Module):
+    """Emissions of one or many trials with their inputs and clamps, checked.
+
+    Attributes:
+        emissions: `(num_trials, num_timesteps, emission_dim)`; NaN is a missing entry.
+        plan: Inputs and clamps.
+        one_sequence: Whether the user gave one sequence without a trial axis.
+        may_miss: Whether an entry may be missing; false only when the values are known to be complete.
+    """
+
+    emissions: Float[Array, "num_trials num_timesteps emission_dim"]
+    plan: Plan
+    one_sequence: bool = eqx.field(static=True)
+    may_miss: bool = eqx.field(static=True)
+
+    def map(self, kernel: Callable[[Array, Array, Intervention], Any]) -> Any:
+        """Apply `kernel(emissions, inputs, intervention)` to every trial; the result has the user's leading axes."""
+        if self.one_sequence:
+            return kernel(self.emissions[0], self.plan.inputs, self.plan.intervention)
+        axes = self.plan.axes
+        return jax.vmap(kernel, in_axes=(0, axes.inputs, axes.intervention))(
+            self.emissions, self.plan.inputs, self.plan.intervention
+        )
+
+
+def as_trials(params: ParamsLGSSM, emissions: Any, inputs: Any, interventions: Any) -> Trials:
+    """Check parameters and data, and give the data one form in the dtype of the parameters.
+
+    Raises:
+        ValueError: If the parameters are not those of a model, shapes disagree, the data are empty, all missing or infinite,
+            or inputs are NaN.
+    """
+    check_params(params)
+    dtype = params.initial.mean.dtype
+    emissions = as_float_array("emissions", emissions, dtype)
+    if emissions.ndim not in (2, 3) or emissions.shape[-1] != params.emission_dim:
+        fail(
+            "emissions",
+            got=f"shape {tuple(emissions.shape)}",
+            expected=f"(num_timesteps, {params.emission_dim}) or (num_trials, num_timesteps, {params.emission_dim})",
+            remedy="The last axis holds the emissions, one for each row of the emission weights; add it with `y[..., None]` for"
+            " a single emission. Pad trials of unequal length with `pad_trials`.",
+        )
+    if 0 in emissions.shape:
+        fail(
+            "emissions",
+            got=f"empty data, shape {tuple(emissions.shape)}",
+            expected="at least one trial and one step",
+            remedy="Check how the data were cut.",
+        )
+    may_miss = _may_miss(emissions)
+    one_sequence = emissions.ndim == 2
+    num_trials = None if one_sequence else emissions.shape[0]
+    plan = as_plan(params, inputs, interventions, num_timesteps=emissions.shape[-2], num_trials=num_trials)
+    return Trials(emissions[None] if one_sequence else emissions, plan, one_sequence, may_miss)
+
+
+def as_plan(
+    params: ParamsLGSSM,
+    inputs: Any,
+    interventions: Any,
+    *,
+    num_timesteps: int,
+    num_trials: int | None,
+    inputs_name: str = "inputs",
+    interventions_name: str = "interventions",
+) -> Plan:
+    """Check inputs and clamps against the model, the number of steps and the number of trials (None: one sequence)."""
+    _check_time_axis(params, num_timesteps)
+    dtype = params.initial.mean.dtype
+    if interventions is None:
+        interventions = no_intervention(num_timesteps, params.state_dim)
+    if not isinstance(interventions, Intervention):
+        fail(
+            interventions_name,
+            got=f"a {type(interventions).__name__}",
+            expected="an Intervention",
+            remedy="Build one with `do`, `stimulate` or `Intervention(mask, value)`.",
+        )
+    _check_leading_axes(
+        interventions_name,
+        interventions.mask.shape,
+        (num_timesteps, params.state_dim),
+        ("num_timesteps", "state_dim"),
+        num_trials,
+    )
+    if inputs is None:
+        if params.input_dim:
+            fail(
+                inputs_name,
+                got="None",
+                expected=f"shape (num_timesteps, input_dim) = {(num_timesteps, params.input_dim)}",
+                remedy="The model has input weights; pass zeros if there was no input.",
+            )
+        inputs = jnp.zeros((num_timesteps, 0), dtype)
+    inputs = as_float_array(inputs_name, inputs, dtype)
+    _check_leading_axes(
+        inputs_name, inputs.shape, (num_timesteps, params.input_dim), ("num_timesteps", "input_dim"), num_trials
+    )
+    check_finite(inputs_name, inputs)
+    cast = lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # noqa: E731
+    return Plan(inputs, jax.tree.map(cast, interventions))
+
+
+def _check_leading_axes(name: str, shape: tuple, expected: tuple, words: tuple, num_trials: int | None) -> None:
+    allowed = [expected] if num_trials is None else [expected, (num_trials, *expected)]
+    if tuple(shape) not in allowed:
+        described = f"({', '.join(words)}) = {expected}"
+        if num_trials is not None:
+            described += f" or (num_trials, {', '.join(words)}) = {allowed[1]}"
+        fail(
+            name,
+            got=f"shape {tuple(shape)}",
+            expected=described,
+            remedy="Its steps must be those of the emissions; without a trial axis it is shared by all trials.",
+        )
+
+
+def _check_time_axis(params: ParamsLGSSM, num_timesteps: int) -> None:
+    for block in ("dynamics", "emissions"):
+        for name, field in vars(getattr(params, block)).items():
+            if isinstance(field, TimeVarying) and field.values.shape[0] != num_timesteps:
+                fail(
+                    f"params.{block}.{name}",
+                    got=f"{field.values.shape[0]} steps",
+                    expected=f"{num_timesteps} steps, those of the data",
+                    remedy="Give a `TimeVarying` field one entry for each step.",
+                )
+
+
+@jax.jit
+def _all_finite(emissions: Array) -> Array:
+    return jnp.isfinite(emissions).all()
+
+
+def _may_miss(emissions: Array) -> bool:
+    if not is_concrete(emissions):
+        return True
+    if bool(_all_finite(emissions)):
+        return False
+    values = np.asarray(emissions)
+    if np.isinf(values).any():
+        fail(
+            "emissions",
+            got="infinite entries",
+            expected="finite numbers, or NaN where an entry is missing",
+            remedy="Replace them, with NaN if they are missing.",
+        )
+    if np.isnan(values).all():
+        fail(
+            "emissions",
+            got="nothing but NaN",
+            expected="at least one observed entry",
+            remedy="NaN means missing. To predict without data, use `interventional_prediction`.",
+        )
+    return True
