@@ -115,9 +115,7 @@ def joint_gaussian(system, trial=0):
         means.append(mean)
         factors.append(factor)
         emission_mean = system.at("emissions_weights", t) @ mean + system.at("emissions_bias", t)
-        emission_means.append(
-            emission_mean + system.at("emissions_input_weights", t) @ inputs[t]
-        )
+        emission_means.append(emission_mean + system.at("emissions_input_weights", t) @ inputs[t])
         emission_factors.append(system.at("emissions_cov", t))
     return means, factors, emission_means, emission_factors
 

@@ -121,9 +121,7 @@ def test_emissions_may_change_units(system):
     scaled["emissions_bias"] = scaled["emissions_bias"] + shift
     scaled["emissions_cov"] = scale**2 * scaled["emissions_cov"]
     plain = issm.lgssm_filter(system.params, system.emissions, system.inputs)
-    moved = issm.lgssm_filter(
-        issm.make_lgssm_params(**scaled), scale * system.emissions + shift, system.inputs
-    )
+    moved = issm.lgssm_filter(issm.make_lgssm_params(**scaled), scale * system.emissions + shift, system.inputs)
     np.testing.assert_allclose(moved.logliks, plain.logliks - 2 * np.log(scale), rtol=1e-10)
     np.testing.assert_allclose(moved.filtered_means, plain.filtered_means, rtol=1e-9, atol=1e-10)
     np.testing.assert_allclose(moved.filtered_covariances, plain.filtered_covariances, rtol=1e-9, atol=1e-12)
@@ -150,7 +148,5 @@ def test_leading_axes(system):
 def test_lists_and_methods_are_accepted(system):
     arguments = (system.params, system.emissions, system.inputs)
     expected = issm.lgssm_filter(*arguments)
-    given = issm.lgssm_filter(
-        system.params, system.emissions.tolist(), system.inputs.tolist(), method="sequential"
-    )
+    given = issm.lgssm_filter(system.params, system.emissions.tolist(), system.inputs.tolist(), method="sequential")
     assert_same(given, expected)

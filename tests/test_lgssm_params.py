@@ -76,7 +76,9 @@ def test_parameters_are_frozen():
 @pytest.mark.parametrize("size", [2, 3])
 def test_time_is_never_guessed_from_shapes(size):
     """A square covariance whose size is the number of steps is a covariance; one marked as varying is not."""
-    params = issm.make_lgssm_params(np.zeros(size), np.ones(size), np.eye(size), np.eye(size), np.eye(size), np.eye(size))
+    params = issm.make_lgssm_params(
+        np.zeros(size), np.ones(size), np.eye(size), np.eye(size), np.eye(size), np.eye(size)
+    )
     assert not is_diagonal(params.emissions.cov)
     assert over_time(params.emissions.cov, size).shape == (size, size, size)
     varying = issm.make_lgssm_params(
@@ -113,7 +115,9 @@ def test_rounding_is_not_asymmetry_or_indefiniteness():
 
 def test_parameters_are_built_under_transformations():
     def total(scale):
-        params = issm.make_lgssm_params(**ARRAYS | {"dynamics_weights": scale * jnp.eye(2), "emissions_cov": scale * jnp.ones(3)})
+        params = issm.make_lgssm_params(
+            **ARRAYS | {"dynamics_weights": scale * jnp.eye(2), "emissions_cov": scale * jnp.ones(3)}
+        )
         check_params(params)
         return params.dynamics.weights.sum() + params.emissions.cov.sum()
 

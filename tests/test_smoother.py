@@ -50,16 +50,16 @@ def test_doing_is_not_conditioning():
 
 
 def test_leading_axes():
-    system = random_system(12, num_trials=2, input_dim=1, clamps="mixed", shared_interventions=False, shared_inputs=False)
+    system = random_system(
+        12, num_trials=2, input_dim=1, clamps="mixed", shared_interventions=False, shared_inputs=False
+    )
     arguments, options = system.data
     together = issm.lgssm_smoother(system.params, *arguments, **options)
     assert together.smoothed_means.shape == (2, 6, 2)
     assert together.smoothed_cross_covariances.shape == (2, 5, 2, 2)
     for k in range(2):
         emissions, inputs, *clamps = system.trial(k)
-        alone = issm.lgssm_smoother(
-            system.params, emissions, inputs, interventions=issm.Intervention(*clamps)
-        )
+        alone = issm.lgssm_smoother(system.params, emissions, inputs, interventions=issm.Intervention(*clamps))
         assert_same(type(together)(**{name: value[k] for name, value in vars(together).items()}), alone)
 
 

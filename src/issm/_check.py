@@ -4,11 +4,12 @@ Shapes are checked always, values only when they are concrete: under `jit`, `vma
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 ASYMMETRY_TOLERANCE = 1e-5
 INDEFINITENESS_TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
@@ -16,12 +17,27 @@ INDEFINITENESS_TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
 def is_concrete(value: Any) -> bool:
     """Whether the values of an array can be looked at, which they cannot while JAX traces."""
-    return not isinstance(value, jax.core.Tracer)
+    return not isinstance(value, Tracer)
 
 
-def fail(argument: str, *, got: str, expected: str, remedy: str) -> None:
+def fail(argument: str, *, got: str, expected: str, remedy: str) -> NoReturn:
     """Raise the one form of ValueError that this library raises for a bad argument."""
     raise ValueError(f"{argument}: got {got}; expected {expected}. {remedy}")
+
+
+def as_array(argument: str, value: Any) -> jax.Array | np.ndarray:
+    """An array of any kind; a ragged list is refused."""
+    if isinstance(value, jax.Array):
+        return value
+    try:
+        return np.asarray(value)
+    except ValueError:
+        fail(
+            argument,
+            got="a ragged nested sequence",
+            expected="a rectangular array",
+            remedy="Pad trials of unequal length with `pad_trials`.",
+        )
 
 
 def as_float_array(argument: str, value: Any, dtype: Any = None) -> jax.Array:
@@ -29,19 +45,11 @@ def as_float_array(argument: str, value: Any, dtype: Any = None) -> jax.Array:
 
     A string, an object or a complex number is refused, a ragged list too. Without a `dtype`, floats keep theirs.
     """
-    if isinstance(value, jax.Array):
-        array = value
-    else:
-        try:
-            array = np.asarray(value)
-        except ValueError as error:
-            raise ValueError(
-                f"{argument}: got a ragged nested sequence; expected an array of numbers. Pad trials of unequal length with `pad_trials`."
-            ) from error
+    array = as_array(argument, value)
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         fail(
             argument,
-            got=f"dtype {array.dtype}",
+            got="None" if value is None else f"dtype {array.dtype}",
             expected="real numbers (floating point or integer)",
             remedy="Convert it, e.g. with `np.asarray(x, dtype=float)`.",
         )
@@ -73,6 +81,20 @@ def check_shape(argument: str, array: Any, expected: Sequence[int], axes: Sequen
             got=f"shape {tuple(array.shape)}",
             expected=f"({', '.join(axes)}) = {tuple(expected)}",
             remedy=remedy,
+        )
+
+
+def check_key(key: Any) -> None:
+    """Refuse what is not one JAX random key, new style or old."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    new_style = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and shape == ()
+    old_style = isinstance(key, (jax.Array, np.ndarray)) and dtype == np.uint32 and shape == (2,)
+    if not (new_style or old_style):
+        fail(
+            "key",
+            got=f"a {type(key).__name__}" if dtype is None else f"dtype {dtype}, shape {shape}",
+            expected="one JAX random key",
+            remedy="Make one with `jax.random.key(0)`; map over several with `jax.vmap`.",
         )
 
 

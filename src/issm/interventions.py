@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from issm._check import as_float_array, common_float_dtype, fail, is_concrete
+from issm._check import as_array, as_float_array, check_finite, common_float_dtype, fail, is_concrete
 
 
 class Intervention(eqx.Module):
@@ -80,13 +80,15 @@ class Intervention(eqx.Module):
                 expected="a finite number wherever the mask is true",
                 remedy="Set the mask to False where the clamp is unknown, or fill in its value.",
             )
-        if is_concrete(mask) and is_concrete(variance) and not (np.asarray(variance)[np.asarray(mask)] >= 0).all():
-            fail(
-                "variance",
-                got="a negative or NaN variance",
-                expected="variances of at least zero",
-                remedy="Zero is a perfect clamp.",
-            )
+        if is_concrete(mask) and is_concrete(variance):
+            clamped = np.asarray(variance)[np.asarray(mask)]
+            if not (np.isfinite(clamped) & (clamped >= 0)).all():
+                fail(
+                    "variance",
+                    got="a negative, infinite or NaN variance",
+                    expected="finite variances of at least zero",
+                    remedy="Zero is a perfect clamp; where a state is free, set the mask to False.",
+                )
         self.mask = mask
         self.value = jnp.where(mask, value, 0.0)
         self.variance = jnp.where(mask, variance, 0.0)
@@ -166,11 +168,16 @@ def do(
     """
     _check_sizes(num_timesteps, state_dim)
     stop = num_timesteps if stop is None else stop
-    if not 0 <= start < stop <= num_timesteps:
+    if not isinstance(clamps, Mapping):
+        fail(
+            "clamps", got=f"a {type(clamps).__name__}", expected="a dictionary", remedy="Map state to value: {0: 1.0}."
+        )
+    whole = all(isinstance(step, (int, np.integer)) for step in (start, stop))
+    if not (whole and 0 <= start < stop <= num_timesteps):
         fail(
             "start, stop",
             got=f"the window [{start}, {stop})",
-            expected=f"0 <= start < stop <= num_timesteps = {num_timesteps}",
+            expected=f"integers 0 <= start < stop <= num_timesteps = {num_timesteps}",
             remedy="Steps are counted from 0 and `stop` is not clamped.",
         )
     dtype = common_float_dtype(*clamps.values())
@@ -252,6 +259,8 @@ def stimulate(amplitudes: Any, targets: Any, active: Any = None, *, variance: fl
             expected=f"the shape of `amplitudes`, {tuple(amplitudes.shape)}",
             remedy="Give one Boolean for each amplitude.",
         )
+    check_finite("targets", targets)
+    check_finite("amplitudes", jnp.where(active, amplitudes, 0.0))
     hits = targets != 0
     mask = jnp.einsum("...m,mi->...i", active, hits)
     value = jnp.where(active, amplitudes, 0.0) @ targets
@@ -281,6 +290,14 @@ def merge(a: Intervention, b: Intervention) -> Intervention:
         >>> both.value.tolist()
         [[1.0, 2.0], [1.0, 2.0]]
     """
+    for name, plan in (("a", a), ("b", b)):
+        if not isinstance(plan, Intervention):
+            fail(
+                name,
+                got=f"a {type(plan).__name__}",
+                expected="an Intervention",
+                remedy="Build one with `do`, `stimulate` or `Intervention(mask, value)`.",
+            )
     if a.mask.shape[-2:] != b.mask.shape[-2:] or (
         a.mask.ndim == b.mask.ndim == 3 and a.mask.shape[0] != b.mask.shape[0]
     ):
@@ -309,7 +326,7 @@ def merge(a: Intervention, b: Intervention) -> Intervention:
 
 
 def _as_mask(argument: str, mask: Any) -> jax.Array:
-    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    mask = as_array(argument, mask)
     if mask.dtype != bool:
         fail(
             argument,

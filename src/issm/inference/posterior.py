@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from issm._check import fail
+from issm._check import check_key, fail
 from issm._types import PRNGKey
 from issm.inference.smoother import smooth_sequence
 from issm.interventions import Intervention
@@ -53,6 +53,7 @@ def posterior_sample(
         >>> issm.posterior_sample(jax.random.key(0), params, np.zeros((2, 4, 1)), num_samples=3).shape
         (2, 3, 4, 1)
     """
+    check_key(key)
     if isinstance(num_samples, bool) or not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
         fail(
             "num_samples",

@@ -32,6 +32,13 @@ class TimeVarying(eqx.Module):
 
     def __init__(self, values: Any):
         self.values = as_float_array("values", values)
+        if self.values.ndim == 0:
+            fail(
+                "values",
+                got="shape ()",
+                expected="(num_timesteps, ...)",
+                remedy="Give one entry for each step; a constant field needs no mark.",
+            )
 
 
 class ParamsLGSSMInitial(eqx.Module):
@@ -208,7 +215,11 @@ def make_lgssm_params(
         "emissions_cov": emissions_cov,
     }
     dtype = common_float_dtype(given)
-    fields = {name: _as_field(name, value, dtype) for name, value in given.items() if value is not None}
+    fields = {
+        name: _as_field(name, value, dtype)
+        for name, value in given.items()
+        if value is not None or not name.endswith(("bias", "input_weights"))
+    }
     state_dim = _last_axis(fields["initial_mean"])
     emission_dim = _last_axis(fields["emissions_weights"], axis=-2)
     input_dim = next((_last_axis(fields[name]) for name in _INPUT_WEIGHTS if name in fields), 0)
@@ -218,7 +229,7 @@ def make_lgssm_params(
     fields.setdefault("emissions_input_weights", jnp.zeros((emission_dim, input_dim), dtype))
     _check_fields(fields)
     return ParamsLGSSM(
-        ParamsLGSSMInitial(*(fields[f"initial_{name}"] for name in ("mean", "cov"))),
+        ParamsLGSSMInitial(*(values_of(fields[f"initial_{name}"]) for name in ("mean", "cov"))),
         ParamsLGSSMDynamics(*(fields[f"dynamics_{name}"] for name in ("weights", "bias", "input_weights", "cov"))),
         ParamsLGSSMEmissions(*(fields[f"emissions_{name}"] for name in ("weights", "bias", "input_weights", "cov"))),
     )

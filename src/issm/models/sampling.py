@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from issm._check import fail
+from issm._check import as_array, check_key, fail
 from issm._linalg import noise_factor, safe_sqrt
 from issm._types import PRNGKey
 from issm.interventions import Intervention
@@ -55,6 +55,7 @@ def lgssm_sample(
         >>> states[5:10, 0].tolist()
         [2.0, 2.0, 2.0, 2.0, 2.0]
     """
+    check_key(key)
     check_params(params)
     if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, (int, np.integer)) or num_timesteps < 1:
         fail(
@@ -124,7 +125,7 @@ def _apply_factor(cov: Array | TimeVarying, white: Array) -> Array:
 
 def _num_trials(inputs: Any, interventions: Any) -> int | None:
     for given in (
-        None if inputs is None else np.shape(inputs),
+        None if inputs is None else as_array("inputs", inputs).shape,
         getattr(getattr(interventions, "mask", None), "shape", None),
     ):
         if given is not None and len(given) == 3:
