@@ -345,7 +345,7 @@ def random_system(
         tuple(time_varying),
     )
     for k in range(num_trials or 1):
-        means, factors, emission_means, emission_covs = joint_gaussian(system, k)
+        _, factors, emission_means, emission_covs = joint_gaussian(system, k)
         noise = rng.normal(size=factors[0].shape[1])
         for step in range(t):
             deviation = system.at("emissions_weights", step) @ (factors[step] @ noise)

@@ -5,9 +5,9 @@ Errors are norm-wise: the largest absolute difference over the largest entry of 
 
 import numpy as np
 import pytest
-from helpers import SEEDS, SYSTEMS, random_system, references, relative_error
 
 import issm
+from helpers import SEEDS, SYSTEMS, random_system, references, relative_error
 
 TOLERANCE = 1e-9
 FIELDS = (

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from helpers import SYSTEMS, joint_moments, random_system, reference, relative_error
 
 WELL_CONDITIONED = ("tall", "wide", "clamped-start", "trials", "time-varying", "one-step", "singular-noise")

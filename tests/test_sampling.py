@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from helpers import joint_moments, random_system, reference
 
 import issm
+from helpers import joint_moments, random_system, reference
 
 NUM_DRAWS = 20_000
 OPTIONS = {

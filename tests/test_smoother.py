@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from helpers import SEEDS, SYSTEMS, random_system, references, relative_error
-from test_filter import FIELDS, assert_covariances, assert_same, errors
 
 import issm
+from helpers import SEEDS, SYSTEMS, random_system, references, relative_error
+from test_filter import FIELDS, assert_covariances, assert_same, errors
 
 SMOOTHED = (*FIELDS, "smoothed_means", "smoothed_covariances", "smoothed_cross_covariances")
 

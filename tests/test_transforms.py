@@ -1,0 +1,219 @@
+"""Every public function under jit, vmap, scan and grad, in float64 and in float32.
+
+One line in `FUNCTIONS` for each: a function of a dictionary of floating-point arrays (`ARRAYS` names them) that returns any
+pytree of arrays. Sizes and keys are closed over. A public function that is in no table fails a test.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import issm
+from helpers import random_system
+from issm import TimeVarying
+
+NUM_TIMESTEPS, STATE_DIM = 4, 2
+KEY = jax.random.key(0)
+SYSTEM = random_system(
+    4, num_timesteps=NUM_TIMESTEPS, state_dim=STATE_DIM, emission_dim=2, input_dim=1, clamps="mixed", missing_steps=(2,)
+)
+SYSTEM.emissions[0, 1] = np.nan
+MASK = np.array([[True, False], [False, True], [False, False], [False, True]])
+ARRAYS = {
+    **SYSTEM.fields,
+    "emissions": SYSTEM.emissions,
+    "inputs": SYSTEM.inputs,
+    "value": np.where(MASK, SYSTEM.emissions[3], 0.0),
+    "variance": np.where(MASK, [0.0, 0.3], 0.0),
+}
+FIELDS = tuple(SYSTEM.fields)
+
+
+def plan(a):
+    return issm.Intervention(MASK, a["value"], a["variance"])
+
+
+def params(a):
+    return issm.make_lgssm_params(**{name: a[name] for name in FIELDS})
+
+
+def infer(function, **options):
+    return lambda a: function(params(a), a["emissions"], a["inputs"], interventions=plan(a), **options)
+
+
+FUNCTIONS = {
+    "do": lambda a: issm.do({0: a["value"][0, 0], 1: a["value"][1:3, 0]}, num_timesteps=4, state_dim=2, start=1, stop=3),
+    "lgssm_filter": infer(issm.lgssm_filter),
+    "lgssm_sample": lambda a: issm.lgssm_sample(KEY, params(a), NUM_TIMESTEPS, a["inputs"], interventions=plan(a)),
+    "lgssm_smoother": infer(issm.lgssm_smoother),
+    "make_lgssm_params": params,
+    "marginal_log_prob": infer(issm.marginal_log_prob),
+    "merge": lambda a: issm.merge(plan(a), issm.Intervention(~MASK, a["inputs"] * jnp.ones_like(a["inputs"], shape=(1, 2)))),
+    "posterior_sample": lambda a: infer(lambda *args, **kw: issm.posterior_sample(KEY, *args, num_samples=2, **kw))(a),
+    "stimulate": lambda a: issm.stimulate(a["inputs"], a["dynamics_input_weights"].T, np.ones((4, 1), dtype=bool)),
+}  # fmt: skip
+NOT_OF_ARRAYS = {
+    "no_intervention": "takes two sizes",
+}
+"""Public functions that no transformation can apply to, and why."""
+
+
+def arrays(dtype=jnp.float64):
+    return {name: jnp.asarray(value, dtype) for name, value in ARRAYS.items()}
+
+
+def two():
+    """The arrays and a second set near them, stacked: one for each member of a vmap or step of a scan."""
+    rng = np.random.default_rng(0)
+    return {name: jnp.stack([value, value * (1 + 1e-2 * rng.random())]) for name, value in arrays().items()}
+
+
+def floats(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def assert_close(actual, expected, **tolerance):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), actual, expected)
+
+
+def test_every_public_function_is_in_a_table():
+    public = {name for name, value in vars(issm).items() if inspect.isfunction(value) and not name.startswith("_")}
+    assert public - FUNCTIONS.keys() - NOT_OF_ARRAYS.keys() == set()
+    assert FUNCTIONS.keys() | NOT_OF_ARRAYS.keys() <= public
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_jit_vmap_scan(name):
+    function, stacked = FUNCTIONS[name], two()
+    one_by_one = [function({k: v[i] for k, v in stacked.items()}) for i in range(2)]
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *one_by_one)
+    tolerance = {"rtol": 1e-9, "atol": 1e-12}
+    assert_close(jax.jit(jax.vmap(function))(stacked), expected, **tolerance)
+    _, scanned = jax.lax.scan(lambda carry, a: (carry, function(a)), 0, stacked)
+    assert_close(scanned, expected, **tolerance)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_grad_is_the_finite_difference(name):
+    """The derivative of a random contraction of all outputs along a random direction of all arguments."""
+    rng = np.random.default_rng(1)
+    direction = {k: jnp.asarray(np.where(np.isnan(v), 0.0, rng.normal(size=np.shape(v)))) for k, v in ARRAYS.items()}
+    for k in ("initial_cov", "dynamics_cov", "emissions_cov"):
+        direction[k] = (direction[k] + direction[k].T) / 2
+    direction["variance"] = jnp.where(ARRAYS["variance"] > 0, direction["variance"], 0.0)  # zero is at the boundary
+    shapes = jax.eval_shape(FUNCTIONS[name], arrays())
+    weights = [jnp.asarray(rng.normal(size=leaf.shape)) for leaf in floats(shapes)]
+
+    def contracted(a):
+        return sum((w * leaf).sum() for w, leaf in zip(weights, floats(FUNCTIONS[name](a)), strict=True))
+
+    value_and_grad = jax.jit(jax.value_and_grad(contracted))
+    _, gradient = value_and_grad(arrays())
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in gradient.values())
+    slope = sum(float((gradient[k] * direction[k]).sum()) for k in direction)
+    assert slope == pytest.approx(central_difference(lambda a: value_and_grad(a)[0], direction), rel=1e-6)
+
+
+def central_difference(function, direction, step=1e-4):
+    """Fourth order: the error is of order step**4."""
+
+    def at(size):
+        return float(function({k: v + size * direction[k] for k, v in arrays().items()}))
+
+    return (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_float32_stays_float32(name):
+    single, double = FUNCTIONS[name](arrays(jnp.float32)), FUNCTIONS[name](arrays())
+    assert {leaf.dtype for leaf in floats(single)} == {np.dtype("float32")}
+    if "sample" in name:  # other bits, other draws
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in floats(single))
+    else:
+        assert_close(single, double, rtol=2e-4, atol=2e-4)
+
+
+def test_results_follow_the_dtype_of_the_parameters():
+    """Data of another precision are cast, whichever way round."""
+    single, double = arrays(jnp.float32), arrays()
+    for own, other in ((single, double), (double, single)):
+        posterior = issm.lgssm_smoother(params(own), other["emissions"], other["inputs"], interventions=plan(other))
+        assert {leaf.dtype for leaf in floats(posterior)} == {own["value"].dtype}
+        draws = issm.lgssm_sample(KEY, params(own), NUM_TIMESTEPS, other["inputs"], interventions=plan(other))
+        assert {leaf.dtype for leaf in floats(draws)} == {own["value"].dtype}
+
+
+# The gradient of the marginal likelihood, argument by argument
+
+
+GRADIENT = jax.jit(jax.value_and_grad(infer(issm.marginal_log_prob)))
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_gradient_of_the_log_likelihood_in_each_argument(name):
+    """Entry by entry, with clamps, a missing entry and a missing step."""
+    _, gradient = GRADIENT(arrays())
+    gradient, value = np.asarray(gradient[name]), np.asarray(ARRAYS[name])
+    assert np.isfinite(gradient).all()
+    for index in np.ndindex(value.shape):
+        symmetric = name.endswith("cov")
+        if symmetric and index[0] > index[1]:
+            continue  # moved together with its mirror image
+        inside = ~np.isnan(value[index]) and not (name == "variance" and value[index] == 0)
+        if not inside:
+            continue
+        direction = {k: np.zeros(np.shape(v)) for k, v in ARRAYS.items()}
+        direction[name][index] = 1.0
+        if symmetric:
+            direction[name][index[::-1]] = 1.0
+        slope = central_difference(lambda a: GRADIENT(a)[0], direction)
+        expected = (gradient * direction[name]).sum()
+        np.testing.assert_allclose(slope, expected, rtol=1e-6, atol=1e-8, err_msg=str(index))
+    np.testing.assert_array_equal(gradient[np.isnan(value)], 0.0)
+
+
+def test_gradient_in_time_varying_and_diagonal_fields():
+    def log_prob(a, t):
+        varying = {
+            "dynamics_weights": TimeVarying(t["weights"]),
+            "dynamics_cov": TimeVarying(t["cov"]),
+            "emissions_cov": t["diagonal"],
+        }
+        fields = {name: a[name] for name in FIELDS} | varying
+        return issm.marginal_log_prob(
+            issm.make_lgssm_params(**fields), a["emissions"], a["inputs"], interventions=plan(a)
+        )
+
+    given = {
+        "weights": jnp.stack([arrays()["dynamics_weights"]] * NUM_TIMESTEPS),
+        "cov": jnp.full((NUM_TIMESTEPS, STATE_DIM), 0.4),
+        "diagonal": jnp.array([0.3, 0.6]),
+    }
+    value_and_grad = jax.jit(jax.value_and_grad(lambda t: log_prob(arrays(), t)))
+    _, gradient = value_and_grad(given)
+    rng = np.random.default_rng(2)
+    direction = {k: rng.normal(size=v.shape) for k, v in given.items()}
+    step = 1e-5
+    ends = [float(value_and_grad({k: v + s * direction[k] for k, v in given.items()})[0]) for s in (step, -step)]
+    slope = sum(float((gradient[k] * direction[k]).sum()) for k in given)
+    assert slope == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-7)
+    np.testing.assert_array_equal(gradient["weights"][0], 0.0)  # entry 0 of a dynamics field is not used
+    np.testing.assert_array_equal(gradient["cov"][0], 0.0)
+
+
+@pytest.mark.parametrize("name", ["lgssm_smoother", "marginal_log_prob", "lgssm_sample"])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_gradients_are_finite_at_the_edges(name, diagonal):
+    """A known start, no process noise, perfect clamps, whole steps missing: no 0/0 hides in a derivative."""
+    edge = arrays()
+    zero = jnp.zeros(STATE_DIM) if diagonal else jnp.zeros((STATE_DIM, STATE_DIM))
+    edge |= {"initial_cov": zero, "dynamics_cov": zero, "variance": jnp.zeros_like(edge["variance"])}
+    edge["emissions"] = edge["emissions"].at[:3].set(jnp.nan)
+    if diagonal:
+        edge["emissions_cov"] = jnp.diagonal(edge["emissions_cov"])
+    gradient = jax.grad(lambda a: sum(leaf.sum() for leaf in floats(FUNCTIONS[name](a))))(edge)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in gradient.values())
