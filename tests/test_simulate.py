@@ -241,3 +241,8 @@ def test_bad_systems(getkey):
         simulate.random_clamped_lgssm(getkey(), 2, 2, norm=1.0)
     with pytest.raises(ValueError, match="state: got shape"):
         simulate.Saddle()([1.0, 2.0, 3.0])
+
+
+def test_any_function_is_a_drift(getkey):
+    states = simulate.euler_sample(getkey(), lambda x: -x, 3, dt=0.5, initial_state=[1.0, 2.0], num_trials=2)
+    np.testing.assert_allclose(states[1], [[1.0, 2.0], [0.5, 1.0], [0.25, 0.5]])

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from issm._check import fail
+from issm._check import fail, is_concrete
 
 _FORMAT = "issm"
 _VERSION = 1
@@ -150,7 +150,7 @@ def _encode(node: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
 
 
 def _encode_array(node: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
-    if isinstance(node, jax.core.Tracer) or jax.dtypes.issubdtype(node.dtype, jax.dtypes.extended):
+    if not is_concrete(node) or jnp.issubdtype(node.dtype, jax.dtypes.extended):
         fail(
             where,
             got=f"a {type(node).__name__} of dtype {node.dtype}",

@@ -83,24 +83,21 @@ def euler_sample(
         fail("dt", got=f"{dt}", expected="one positive number", remedy="It is the duration of one step.")
     state_dim = initial_state.shape[-1]
     noise_scale = _as_noise_scale(noise_scale, state_dim, dtype)
-    if interventions is None:
-        interventions = no_intervention(num_timesteps, state_dim)
-    interventions = jax.tree.map(
-        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, interventions
-    )
-    if interventions.mask.shape[-2:] != (num_timesteps, state_dim):
+    clamps = no_intervention(num_timesteps, state_dim) if interventions is None else interventions
+    clamps = Intervention(clamps.mask, clamps.value.astype(dtype), clamps.variance.astype(dtype))
+    if clamps.mask.shape[-2:] != (num_timesteps, state_dim):
         fail(
             "interventions",
-            got=f"{interventions.num_timesteps} steps of {interventions.state_dim} states",
+            got=f"{clamps.num_timesteps} steps of {clamps.state_dim} states",
             expected=f"{num_timesteps} steps of {state_dim} states",
             remedy="Build the plan with the same num_timesteps, and with one state for each entry of `initial_state`.",
         )
-    num_trials = _num_trials(num_trials, initial_state, interventions)
+    num_trials = _num_trials(num_trials, initial_state, clamps)
     if num_trials is None:
-        return _euler(key, drift, initial_state, dt, noise_scale, interventions)
-    axes = jax.tree.map(lambda leaf: 0 if leaf.ndim == 3 else None, interventions)
+        return _euler(key, drift, initial_state, dt, noise_scale, clamps)
+    axes = jax.tree.map(lambda leaf: 0 if leaf.ndim == 3 else None, clamps)
     draw = jax.vmap(_euler, in_axes=(0, None, 0 if initial_state.ndim == 2 else None, None, None, axes))
-    return draw(jax.random.split(key, num_trials), drift, initial_state, dt, noise_scale, interventions)
+    return draw(jax.random.split(key, num_trials), drift, initial_state, dt, noise_scale, clamps)
 
 
 @eqx.filter_jit
