@@ -201,10 +201,11 @@ def references(system):
     return SimpleNamespace(**{k: np.stack([trial[k] for trial in trials]) for k in trials[0]})
 
 
-def relative_error(actual, expected):
+def relative_error(actual, expected, scale=None):
     """Largest absolute difference over the largest entry of the reference array (norm-wise, not entry by entry).
 
-    An array that is zero in the reference has no scale: there the difference itself is returned.
+    An array that is zero in the reference has no scale: there the difference itself is returned. Another array may set the
+    scale: cross-covariances are blocks of the same joint covariance as the smoothed covariances, and take their scale.
     """
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape, f"shape {actual.shape}, reference {expected.shape}"
@@ -212,7 +213,7 @@ def relative_error(actual, expected):
         return 0.0
     if not np.isfinite(actual).all():
         return np.inf
-    return np.abs(actual - expected).max() / (np.abs(expected).max() or 1.0)
+    return np.abs(actual - expected).max() / (np.abs(expected if scale is None else scale).max() or 1.0)
 
 
 # Linear algebra in extended precision, which LAPACK does not have
