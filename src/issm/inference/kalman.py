@@ -1,25 +1,16 @@
-r"""The Kalman filter of the clamped linear Gaussian model, and its marginal likelihood.
-
-No covariance is ever inverted: a perfect clamp, a known start and a singular Q are ordinary values here. Jitter is not used.
-"""
+"""The Kalman filter of the clamped linear Gaussian model, and its marginal likelihood."""
 
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
-from issm._check import fail
-from issm._linalg import symmetrize
-from issm.inference.observations import Potential, Rows, WhitenedEmissions, whiten
+from issm.inference.likelihood import log_likelihoods
+from issm.inference.methods import check_method, filter_and_smooth
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM
-from issm.models.transitions import Transitions, lgssm_transitions
 from issm.models.trials import Trials, as_trials
-
-METHODS = ("auto", "sequential")
 
 
 class PosteriorGSSMFiltered(eqx.Module):
@@ -90,7 +81,7 @@ def lgssm_filter(
         [2.0]
     """
     check_method(method)
-    return _filter(params, as_trials(params, emissions, inputs, interventions))
+    return _filter(params, as_trials(params, emissions, inputs, interventions), method)
 
 
 def marginal_log_prob(
@@ -122,125 +113,21 @@ def marginal_log_prob(
     return _marginal_log_prob(params, as_trials(params, emissions, inputs, interventions))
 
 
-def check_method(method: str) -> None:
-    """Refuse a method that does not exist."""
-    if method not in METHODS:
-        fail(
-            "method",
-            got=repr(method),
-            expected=f"one of {', '.join(map(repr, METHODS))}",
-            remedy='"auto" chooses for you.',
+@jax.jit(static_argnames="method")
+def _filter(params: ParamsLGSSM, trials: Trials, method: str) -> PosteriorGSSMFiltered:
+    moments = filter_and_smooth(params, trials, method)
+    return trials.like_user(
+        PosteriorGSSMFiltered(
+            marginal_loglik=moments.logliks.sum(axis=1),
+            filtered_means=moments.filtered_means,
+            filtered_covariances=trials.spread(moments.filtered_covs),
+            predicted_means=moments.predicted_means,
+            predicted_covariances=trials.spread(moments.predicted_covs),
+            logliks=moments.logliks,
         )
-
-
-@jax.jit
-def _filter(params: ParamsLGSSM, trials: Trials) -> PosteriorGSSMFiltered:
-    def one(emissions: Array, inputs: Array, intervention: Intervention) -> PosteriorGSSMFiltered:
-        transitions = lgssm_transitions(params, inputs, intervention)
-        whitened = whiten(params, emissions, inputs, may_miss=trials.may_miss)
-        return filtered_posterior(run_filter(transitions, whitened.reduce()), whitened)
-
-    return trials.map(one)
+    )
 
 
 @jax.jit
 def _marginal_log_prob(params: ParamsLGSSM, trials: Trials) -> Float[Array, "*trials"]:
-    return _filter(params, trials).marginal_loglik
-
-
-class FilterPass(eqx.Module):
-    r"""Everything that the backward pass needs; all fields with a leading time axis.
-
-    Attributes:
-        means, covs: Filtered moments $m_t, P_t$.
-        predicted_means, predicted_covs: $m_t^-, P_t^-$.
-        score: $q_t = \partial \log p(y_t \mid past) / \partial m_t^- = U^\top S^{-1} v$.
-        information: $F_t = U^\top S^{-1} U$, its expected negative derivative.
-        retained: $V_t = I - K_t U = (I + P_t^- J_t)^{-1}$, the share of a prediction error that the update leaves.
-        log_det: $\log |I + P_t^- J_t|$.
-    """
-
-    means: Array
-    covs: Array
-    predicted_means: Array
-    predicted_covs: Array
-    score: Array
-    information: Array
-    retained: Array
-    log_det: Array
-
-
-def run_filter(transitions: Transitions, observations: Rows | Potential) -> FilterPass:
-    """The recursion over one sequence."""
-    state_dim = transitions.shift.shape[-1]
-    update = _update_with_rows if isinstance(observations, Rows) else _update_with_potential
-
-    def step(carry: tuple[Array, Array], at: tuple) -> tuple[tuple[Array, Array], FilterPass]:
-        mean, cov = carry
-        transition, observation = at
-        predicted_mean = transition.weights @ mean + transition.shift
-        predicted_cov = symmetrize(transition.weights @ cov @ transition.weights.T + transition.cov)
-        done = update(predicted_mean, predicted_cov, observation)
-        return (done.means, done.covs), done
-
-    start = (jnp.zeros(state_dim, transitions.shift.dtype), jnp.zeros((state_dim, state_dim), transitions.shift.dtype))
-    _, steps = lax.scan(step, start, (transitions, observations))
-    return steps
-
-
-def filtered_posterior(steps: FilterPass, whitened: WhitenedEmissions) -> PosteriorGSSMFiltered:
-    r"""The public result of a filter pass.
-
-    The quadratic form of the log-likelihood is a sum of two squares, $\|z - U m\|^2 + q^\top P^- q$ (residuals after the
-    update, and what the update cost), so that nothing cancels when the noise is small.
-    """
-    residuals = whitened.residuals(steps.means)
-    cost = jnp.einsum("ti,tij,tj->t", steps.score, steps.predicted_covs, steps.score)
-    logliks = whitened.log_norm - (steps.log_det + (residuals**2).sum(axis=1) + cost) / 2
-    return PosteriorGSSMFiltered(
-        marginal_loglik=logliks.sum(),
-        filtered_means=steps.means,
-        filtered_covariances=steps.covs,
-        predicted_means=steps.predicted_means,
-        predicted_covariances=steps.predicted_covs,
-        logliks=logliks,
-    )
-
-
-def _update_with_rows(mean: Array, cov: Array, rows: Rows) -> FilterPass:
-    """Innovation form with $S = I + U P^- U^T$, which is never singular, and Joseph's form for the covariance."""
-    weights = rows.weights
-    cov_weights = cov @ weights.T
-    factor = jnp.linalg.cholesky(symmetrize(weights @ cov_weights) + jnp.eye(weights.shape[0], dtype=cov.dtype))
-    solved = jax.scipy.linalg.cho_solve((factor, True), jnp.column_stack([weights, rows.values - weights @ mean]))
-    information, score = symmetrize(weights.T @ solved[:, :-1]), weights.T @ solved[:, -1]
-    gain = cov @ solved[:, :-1].T
-    retained = jnp.eye(cov.shape[0], dtype=cov.dtype) - gain @ weights
-    return FilterPass(
-        means=mean + cov @ score,
-        covs=symmetrize(retained @ cov @ retained.T + gain @ gain.T),
-        predicted_means=mean,
-        predicted_covs=cov,
-        score=score,
-        information=information,
-        retained=retained,
-        log_det=2 * jnp.log(jnp.diagonal(factor)).sum(),
-    )
-
-
-def _update_with_potential(mean: Array, cov: Array, potential: Potential) -> FilterPass:
-    r"""Information form $P = (I + P^- J)^{-1} P^-$, whose matrix is never singular."""
-    eye = jnp.eye(cov.shape[0], dtype=cov.dtype)
-    lu, pivots = jax.scipy.linalg.lu_factor(eye + cov @ potential.precision)
-    retained = jax.scipy.linalg.lu_solve((lu, pivots), eye)
-    score = retained.T @ (potential.shift - potential.precision @ mean)
-    return FilterPass(
-        means=mean + cov @ score,
-        covs=symmetrize(retained @ cov),
-        predicted_means=mean,
-        predicted_covs=cov,
-        score=score,
-        information=symmetrize(potential.precision @ retained),
-        retained=retained,
-        log_det=jnp.log(jnp.abs(jnp.diagonal(lu))).sum(),
-    )
+    return trials.like_user(log_likelihoods(params, trials))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float
 
 from issm._check import check_key, fail
 from issm._types import PRNGKey
-from issm.inference.smoother import smooth_sequence
+from issm.inference.methods import filter_and_smooth
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.sampling import sample_sequence
@@ -66,22 +67,17 @@ def posterior_sample(
 
 @jax.jit(static_argnames="num_samples")
 def _posterior_sample(key: PRNGKey, params: ParamsLGSSM, trials: Trials, num_samples: int) -> Array:
-    def smoothed_means(emissions: Array, inputs: Array, intervention: Intervention) -> Array:
-        return smooth_sequence(params, emissions, inputs, intervention, may_miss=trials.may_miss).smoothed_means
-
-    def one(emissions: Array, keys: Array, inputs: Array, intervention: Intervention) -> Array:
-        means = smoothed_means(emissions, inputs, intervention)
-
-        def draw(key: PRNGKey) -> Array:
-            states, drawn = sample_sequence(key, params, inputs, intervention)
-            drawn = jnp.where(jnp.isnan(emissions), jnp.nan, drawn) if trials.may_miss else drawn
-            return states + means - smoothed_means(drawn, inputs, intervention)
-
-        return jax.vmap(draw)(keys)
-
-    keys = jax.random.split(key, (trials.emissions.shape[0], num_samples))
+    means = filter_and_smooth(params, trials, "auto").smoothed_means
     axes = trials.plan.axes
-    draws = jax.vmap(one, in_axes=(0, 0, axes.inputs, axes.intervention))(
-        trials.emissions, keys, trials.plan.inputs, trials.plan.intervention
-    )
-    return draws[0] if trials.one_sequence else draws
+    draw = jax.vmap(sample_sequence, in_axes=(0, None, axes.inputs, axes.intervention))
+
+    def one(key: PRNGKey) -> Array:
+        states, emissions = draw(
+            jax.random.split(key, trials.num_trials), params, trials.plan.inputs, trials.plan.intervention
+        )
+        emissions = jnp.where(jnp.isnan(trials.emissions), jnp.nan, emissions) if trials.may_miss else emissions
+        drawn = eqx.tree_at(lambda t: t.emissions, trials, emissions)
+        return states + means - filter_and_smooth(params, drawn, "auto").smoothed_means
+
+    draws = jax.vmap(one, out_axes=1)(jax.random.split(key, num_samples))
+    return trials.like_user(draws)

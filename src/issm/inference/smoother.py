@@ -1,23 +1,14 @@
-r"""The smoother of the clamped linear Gaussian model.
-
-Written with the adjoints of the predicted moments (Bryson-Frazier, Durbin-Koopman), which divide by no predicted covariance
-and are therefore exact for perfect clamps, singular Q and a known start.
-"""
+"""The smoother of the clamped linear Gaussian model."""
 
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
-from issm._linalg import symmetrize
-from issm.inference.kalman import FilterPass, check_method, filtered_posterior, run_filter
-from issm.inference.observations import whiten
+from issm.inference.methods import check_method, filter_and_smooth
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM
-from issm.models.transitions import Transitions, lgssm_transitions
 from issm.models.trials import Trials, as_trials
 
 
@@ -97,56 +88,22 @@ def lgssm_smoother(
         ([2.0], [[0.0]])
     """
     check_method(method)
-    return _smoother(params, as_trials(params, emissions, inputs, interventions))
+    return _smoother(params, as_trials(params, emissions, inputs, interventions), method)
 
 
-@jax.jit
-def _smoother(params: ParamsLGSSM, trials: Trials) -> PosteriorGSSMSmoothed:
-    def one(emissions: Array, inputs: Array, intervention: Intervention) -> PosteriorGSSMSmoothed:
-        return smooth_sequence(params, emissions, inputs, intervention, may_miss=trials.may_miss)
-
-    return trials.map(one)
-
-
-def smooth_sequence(
-    params: ParamsLGSSM,
-    emissions: Float[Array, "num_timesteps emission_dim"],
-    inputs: Float[Array, "num_timesteps input_dim"],
-    intervention: Intervention,
-    *,
-    may_miss: bool,
-) -> PosteriorGSSMSmoothed:
-    """Filter and smooth one sequence; `may_miss` is false when no emission can be NaN."""
-    transitions = lgssm_transitions(params, inputs, intervention)
-    whitened = whiten(params, emissions, inputs, may_miss=may_miss)
-    steps = run_filter(transitions, whitened.reduce())
-    filtered = filtered_posterior(steps, whitened)
-    means, covs, cross_covs = run_smoother(transitions, steps)
-    return PosteriorGSSMSmoothed(
-        **vars(filtered), smoothed_means=means, smoothed_covariances=covs, smoothed_cross_covariances=cross_covs
+@jax.jit(static_argnames="method")
+def _smoother(params: ParamsLGSSM, trials: Trials, method: str) -> PosteriorGSSMSmoothed:
+    moments = filter_and_smooth(params, trials, method)
+    return trials.like_user(
+        PosteriorGSSMSmoothed(
+            marginal_loglik=moments.logliks.sum(axis=1),
+            filtered_means=moments.filtered_means,
+            filtered_covariances=trials.spread(moments.filtered_covs),
+            predicted_means=moments.predicted_means,
+            predicted_covariances=trials.spread(moments.predicted_covs),
+            logliks=moments.logliks,
+            smoothed_means=moments.smoothed_means,
+            smoothed_covariances=trials.spread(moments.smoothed_covs),
+            smoothed_cross_covariances=trials.spread(moments.smoothed_cross_covs),
+        )
     )
-
-
-def run_smoother(transitions: Transitions, steps: FilterPass) -> tuple[Array, Array, Array]:
-    """The backward recursion over one sequence: smoothed means, covariances and cross covariances."""
-    state_dim, dtype = transitions.shift.shape[-1], transitions.shift.dtype
-
-    def step(
-        carry: tuple[Array, Array, Array], at: tuple
-    ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array]]:
-        adjoint, information, next_weights_and_predicted = carry
-        next_weights, next_predicted_cov = next_weights_and_predicted
-        here, weights = at
-        cov_next = here.covs @ next_weights.T  # Cov[x_t, x_{t+1} | y_{0:t}]
-        mean = here.means + cov_next @ adjoint
-        cov = symmetrize(here.covs - cov_next @ information @ cov_next.T)
-        cross_cov = cov_next - cov_next @ information @ next_predicted_cov
-        propagated = next_weights @ here.retained
-        adjoint = here.score + propagated.T @ adjoint
-        information = symmetrize(here.information + propagated.T @ information @ propagated)
-        return (adjoint, information, (weights, here.predicted_covs)), (mean, cov, cross_cov)
-
-    zeros = jnp.zeros((state_dim, state_dim), dtype)
-    end = (jnp.zeros(state_dim, dtype), zeros, (zeros, zeros))
-    _, (means, covs, cross_covs) = lax.scan(step, end, (steps, transitions.weights), reverse=True)
-    return means, covs, cross_covs[:-1]

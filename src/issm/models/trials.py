@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from issm._check import as_float_array, check_finite, fail, is_concrete
 from issm.interventions import Intervention, no_intervention
@@ -40,14 +40,53 @@ class Trials(eqx.Module):
     Attributes:
         emissions: `(num_trials, num_timesteps, emission_dim)`; NaN is a missing entry.
         plan: Inputs and clamps.
+        representatives: One trial for each pattern of clamps and missing entries. Covariances depend on the pattern alone, so
+            they are computed for these trials only.
+        pattern: The pattern of each trial; None where there is one pattern, or where every trial has its own.
         one_sequence: Whether the user gave one sequence without a trial axis.
         may_miss: Whether an entry may be missing; false only when the values are known to be complete.
     """
 
     emissions: Float[Array, "num_trials num_timesteps emission_dim"]
     plan: Plan
+    representatives: Int[Array, " num_patterns"]
+    pattern: Int[Array, " num_trials"] | None
     one_sequence: bool = eqx.field(static=True)
     may_miss: bool = eqx.field(static=True)
+
+    @property
+    def num_trials(self) -> int:
+        """Number of trials K."""
+        return self.emissions.shape[0]
+
+    @property
+    def num_patterns(self) -> int:
+        """Number of patterns G of clamps and missing entries."""
+        return self.representatives.shape[0]
+
+    def of_patterns(self) -> "Trials":
+        """One trial for each pattern."""
+        chosen = self.representatives
+        return Trials(
+            emissions=self.emissions[chosen],
+            plan=jax.tree.map(lambda leaf: leaf[chosen] if leaf.ndim == 3 else leaf, self.plan),
+            representatives=jnp.arange(self.num_patterns),
+            pattern=None,
+            one_sequence=False,
+            may_miss=self.may_miss,
+        )
+
+    def spread(self, by_pattern: Array, axis: int = 0) -> Array:
+        """Give every trial the value of its pattern: `axis` grows from num_patterns (or 1) to num_trials."""
+        if self.pattern is not None and by_pattern.shape[axis] != 1:
+            return jnp.take(by_pattern, self.pattern, axis=axis)
+        shape = list(by_pattern.shape)
+        shape[axis] = self.num_trials
+        return jnp.broadcast_to(by_pattern, shape)
+
+    def like_user(self, result: Any) -> Any:
+        """Drop the trial axis of every array again if the user gave one sequence."""
+        return jax.tree.map(lambda leaf: leaf[0], result) if self.one_sequence else result
 
     def map(self, kernel: Callable[[Array, Array, Intervention], Any]) -> Any:
         """Apply `kernel(emissions, inputs, intervention)` to every trial; the result has the user's leading axes."""
@@ -88,7 +127,9 @@ def as_trials(params: ParamsLGSSM, emissions: Any, inputs: Any, interventions: A
     one_sequence = emissions.ndim == 2
     num_trials = None if one_sequence else emissions.shape[0]
     plan = as_plan(params, inputs, interventions, num_timesteps=emissions.shape[-2], num_trials=num_trials)
-    return Trials(emissions[None] if one_sequence else emissions, plan, one_sequence, may_miss)
+    emissions = emissions[None] if one_sequence else emissions
+    representatives, pattern = _group(emissions, plan.intervention, may_miss)
+    return Trials(emissions, plan, representatives, pattern, one_sequence, may_miss)
 
 
 def as_plan(
@@ -190,3 +231,25 @@ def _may_miss(emissions: Array) -> bool:
             remedy="NaN means missing. To predict without data, use `interventional_prediction`.",
         )
     return True
+
+
+def _group(emissions: Array, intervention: Intervention, may_miss: bool) -> tuple[Array, Array | None]:
+    """Group the trials by what their covariances depend on: clamp masks, clamp variances and missing entries.
+
+    Values that are not known yet (under `jit`) cannot be grouped: every trial is then a pattern of its own.
+    """
+    num_trials = emissions.shape[0]
+    decisive = [intervention.mask, intervention.variance] if intervention.mask.ndim == 3 else []
+    if num_trials == 1 or not (decisive or may_miss):
+        return jnp.zeros(1, int), None
+    if not all(is_concrete(array) for array in (emissions, *decisive)):
+        return jnp.arange(num_trials), None
+    arrays = [np.asarray(array) for array in decisive]
+    if may_miss:
+        arrays.append(np.isnan(np.asarray(emissions)))
+    first_with: dict[bytes, int] = {}
+    first = [first_with.setdefault(b"".join(array[k].tobytes() for array in arrays), k) for k in range(num_trials)]
+    representatives, pattern = np.unique(first, return_inverse=True)
+    if len(representatives) in (1, num_trials):
+        return jnp.asarray(representatives), None
+    return jnp.asarray(representatives), jnp.asarray(pattern)

@@ -1,0 +1,204 @@
+r"""Filter and smoother of one sequence, in the plain form of the textbooks.
+
+The form for more states than `recursions` unrolls, and the one that is differentiated: every step is smooth in its
+arguments, also where an emission is missing or does not see a state. No covariance is inverted: a perfect clamp, a known
+start and a singular Q are ordinary values here. The backward pass carries the adjoints of the predicted moments
+(Bryson-Frazier, Durbin-Koopman), which divide by no predicted covariance.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from issm._linalg import symmetrize
+from issm.inference.moments import Moments
+from issm.inference.observations import Potential, Rows, WhitenedEmissions, whiten
+from issm.interventions import Intervention
+from issm.models.lgssm import ParamsLGSSM
+from issm.models.transitions import Transitions, lgssm_transitions
+from issm.models.trials import Trials
+
+COVARIANCES = ("filtered_covs", "predicted_covs", "informations", "smoothed_covs", "smoothed_cross_covs")
+
+
+def dense_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
+    """Filter and smooth every trial."""
+
+    def one(emissions: Array, inputs: Array, intervention: Intervention) -> Moments:
+        transitions = lgssm_transitions(params, inputs, intervention)
+        return sequence_moments(transitions, whiten(params, emissions, inputs, may_miss=trials.may_miss))
+
+    moments = trials.map(one)
+    if trials.one_sequence:
+        return jax.tree.map(lambda leaf: leaf[None], moments)
+    where = lambda m: [getattr(m, name) for name in COVARIANCES]  # noqa: E731
+    return eqx.tree_at(where, moments, [cov[trials.representatives] for cov in where(moments)])
+
+
+def sequence_moments(transitions: Transitions, whitened: WhitenedEmissions) -> Moments:
+    """Filter and smooth one sequence; the result has no axis for trials or patterns.
+
+    The quadratic form of the log-likelihood is a sum of two squares, $\\|z - U m\\|^2 + q^\\top P^- q$ (residuals after the
+    update, and what the update cost), so that nothing cancels when the noise is small.
+    """
+    steps = run_filter(transitions, whitened.reduce())
+    residuals = whitened.residuals(steps.means)
+    cost = jnp.einsum("ti,tij,tj->t", steps.score, steps.predicted_covs, steps.score)
+    backward = run_smoother(transitions, steps)
+    return Moments(
+        logliks=step_logliks(steps, whitened),
+        filtered_means=steps.means,
+        filtered_covs=steps.covs,
+        predicted_means=steps.predicted_means,
+        predicted_covs=steps.predicted_covs,
+        adjoints=backward.adjoints,
+        informations=backward.informations,
+        smoothed_means=backward.means,
+        smoothed_covs=backward.covs,
+        smoothed_cross_covs=backward.cross_covs[:-1],
+    )
+
+
+class FilterPass(eqx.Module):
+    r"""Everything that the backward pass needs; all fields with a leading time axis.
+
+    Attributes:
+        means, covs: Filtered moments $m_t, P_t$.
+        predicted_means, predicted_covs: $m_t^-, P_t^-$.
+        score: $q_t = \partial \log p(y_t \mid past) / \partial m_t^- = U^\top S^{-1} v$.
+        information: $F_t = U^\top S^{-1} U$, its expected negative derivative.
+        retained: $V_t = I - K_t U = (I + P_t^- J_t)^{-1}$, the share of a prediction error that the update leaves.
+        log_det: $\log |I + P_t^- J_t|$.
+    """
+
+    means: Array
+    covs: Array
+    predicted_means: Array
+    predicted_covs: Array
+    score: Array
+    information: Array
+    retained: Array
+    log_det: Array
+
+
+def step_logliks(steps: FilterPass, whitened: WhitenedEmissions) -> Array:
+    r"""$\log p(y_t \mid past)$ at every step.
+
+    The quadratic form is a sum of two squares, $\|z - U m\|^2 + q^\top P^- q$ (residuals after the update, and what the
+    update cost), so that nothing cancels when the noise is small.
+    """
+    residuals = whitened.residuals(steps.means)
+    cost = jnp.einsum("ti,tij,tj->t", steps.score, steps.predicted_covs, steps.score)
+    return whitened.log_norm - (steps.log_det + (residuals**2).sum(axis=1) + cost) / 2
+
+
+def run_filter(transitions: Transitions, observations: Rows | Potential) -> FilterPass:
+    """The recursion over one sequence."""
+    state_dim = transitions.shift.shape[-1]
+    update = _update_with_rows if isinstance(observations, Rows) else _update_with_potential
+
+    def step(carry: tuple[Array, Array], at: tuple) -> tuple[tuple[Array, Array], FilterPass]:
+        mean, cov = carry
+        transition, observation = at
+        predicted_mean = transition.weights @ mean + transition.shift
+        predicted_cov = symmetrize(transition.weights @ cov @ transition.weights.T + transition.cov)
+        done = update(predicted_mean, predicted_cov, observation)
+        return (done.means, done.covs), done
+
+    start = (jnp.zeros(state_dim, transitions.shift.dtype), jnp.zeros((state_dim, state_dim), transitions.shift.dtype))
+    _, steps = lax.scan(step, start, (transitions, observations))
+    return steps
+
+
+class BackwardPass(eqx.Module):
+    r"""Smoothed moments and the adjoints $r_t, N_t$ of the predicted ones; all fields with a leading time axis.
+
+    `cross_covs` has an entry for every step; the last, which has no successor, is zero.
+    """
+
+    means: Array
+    covs: Array
+    cross_covs: Array
+    adjoints: Array
+    informations: Array
+
+
+def run_filter(transitions: Transitions, observations: Rows | Potential) -> FilterPass:
+    """The forward recursion over one sequence."""
+    state_dim = transitions.shift.shape[-1]
+    update = _update_with_rows if isinstance(observations, Rows) else _update_with_potential
+
+    def step(carry: tuple[Array, Array], at: tuple) -> tuple[tuple[Array, Array], FilterPass]:
+        mean, cov = carry
+        transition, observation = at
+        predicted_mean = transition.weights @ mean + transition.shift
+        predicted_cov = symmetrize(transition.weights @ cov @ transition.weights.T + transition.cov)
+        done = update(predicted_mean, predicted_cov, observation)
+        return (done.means, done.covs), done
+
+    start = (jnp.zeros(state_dim, transitions.shift.dtype), jnp.zeros((state_dim, state_dim), transitions.shift.dtype))
+    _, steps = lax.scan(step, start, (transitions, observations))
+    return steps
+
+
+def run_smoother(transitions: Transitions, steps: FilterPass) -> BackwardPass:
+    """The backward recursion over one sequence."""
+    state_dim, dtype = transitions.shift.shape[-1], transitions.shift.dtype
+
+    def step(carry: tuple, at: tuple[FilterPass, Array]) -> tuple[tuple, BackwardPass]:
+        adjoint, information, next_weights, next_predicted_cov = carry
+        here, weights = at
+        onward = here.covs @ next_weights.T  # Cov[x_t, x_{t+1} | y_{0:t}]
+        mean = here.means + onward @ adjoint
+        cov = symmetrize(here.covs - onward @ information @ onward.T)
+        cross_cov = onward - onward @ information @ next_predicted_cov
+        propagated = next_weights @ here.retained
+        adjoint = here.score + propagated.T @ adjoint
+        information = symmetrize(here.information + propagated.T @ information @ propagated)
+        done = BackwardPass(mean, cov, cross_cov, adjoint, information)
+        return (adjoint, information, weights, here.predicted_covs), done
+
+    zeros = jnp.zeros((state_dim, state_dim), dtype)
+    end = (jnp.zeros(state_dim, dtype), zeros, zeros, zeros)
+    return lax.scan(step, end, (steps, transitions.weights), reverse=True)[1]
+
+
+def _update_with_rows(mean: Array, cov: Array, rows: Rows) -> FilterPass:
+    """Innovation form with $S = I + U P^- U^T$, which is never singular, and Joseph's form for the covariance."""
+    weights = rows.weights
+    cov_weights = cov @ weights.T
+    factor = jnp.linalg.cholesky(symmetrize(weights @ cov_weights) + jnp.eye(weights.shape[0], dtype=cov.dtype))
+    solved = jax.scipy.linalg.cho_solve((factor, True), jnp.column_stack([weights, rows.values - weights @ mean]))
+    information, score = symmetrize(weights.T @ solved[:, :-1]), weights.T @ solved[:, -1]
+    gain = cov @ solved[:, :-1].T
+    retained = jnp.eye(cov.shape[0], dtype=cov.dtype) - gain @ weights
+    return FilterPass(
+        means=mean + cov @ score,
+        covs=symmetrize(retained @ cov @ retained.T + gain @ gain.T),
+        predicted_means=mean,
+        predicted_covs=cov,
+        score=score,
+        information=information,
+        retained=retained,
+        log_det=2 * jnp.log(jnp.diagonal(factor)).sum(),
+    )
+
+
+def _update_with_potential(mean: Array, cov: Array, potential: Potential) -> FilterPass:
+    r"""Information form $P = (I + P^- J)^{-1} P^-$, whose matrix is never singular."""
+    eye = jnp.eye(cov.shape[0], dtype=cov.dtype)
+    lu, pivots = jax.scipy.linalg.lu_factor(eye + cov @ potential.precision)
+    retained = jax.scipy.linalg.lu_solve((lu, pivots), eye)
+    score = retained.T @ (potential.shift - potential.precision @ mean)
+    return FilterPass(
+        means=mean + cov @ score,
+        covs=symmetrize(retained @ cov),
+        predicted_means=mean,
+        predicted_covs=cov,
+        score=score,
+        information=symmetrize(potential.precision @ retained),
+        retained=retained,
+        log_det=jnp.log(jnp.abs(jnp.diagonal(lu))).sum(),
+    )
