@@ -46,7 +46,7 @@ def pad_trials(
             expected="a list of at least one array (length, features)",
             remedy="Trials of equal length need no padding: stack them.",
         )
-    boolean = all(getattr(trial, "dtype", None) == bool for trial in trials)
+    boolean = all(np.dtype(getattr(trial, "dtype", float)).kind == "b" for trial in trials)
     dtype = common_float_dtype(*trials)
     arrays = [
         jnp.asarray(trial) if boolean else as_float_array(f"trials[{k}]", trial, dtype)

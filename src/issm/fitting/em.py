@@ -1,0 +1,347 @@
+r"""Exact, monotone expectation maximisation for the clamped linear Gaussian model."""
+
+import time
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from issm._check import fail, is_concrete
+from issm.fitting.m_step import Rules, log_prior, m_step, make_rules
+from issm.fitting.priors import Priors, ResolvedPrior
+from issm.fitting.progress import ProgressBar
+from issm.fitting.regression import RowStatistics
+from issm.fitting.result import Code, FitResult, first_broken_field
+from issm.fitting.statistics import Patterns, SufficientStatistics, expected_statistics, find_patterns
+from issm.interventions import Intervention
+from issm.models.lgssm import ParamsLGSSM, TimeVarying, is_diagonal, values_of
+from issm.models.trials import Trials, as_trials
+
+DRAW_EVERY_SECONDS = 0.3
+
+
+def fit_em(
+    params: ParamsLGSSM,
+    emissions: Any,
+    inputs: Any = None,
+    *,
+    interventions: Intervention | None = None,
+    trainable: Any = None,
+    priors: Priors | None = None,
+    num_iters: int = 100,
+    tol: float = 1e-7,
+    progress: bool = False,
+) -> FitResult:
+    r"""Maximise $\log p(y \mid do(\cdot), u)$ over the parameters by expectation maximisation.
+
+    With $z_t = [x_{t-1}; u_t; 1]$ and $W_i$ the arrivals in which state i was not clamped, row i of $Θ = [A, B, b]$ and a
+    diagonal Q become
+
+    $$Θ_i = \Big(\sum_{W_i} E[x_{t,i} z_t^\top]\Big) \Big(\sum_{W_i} E[z_t z_t^\top]\Big)^{-1}, \quad
+    Q_{ii} = |W_i|^{-1} \sum_{W_i} E[(x_{t,i} - Θ_i z_t)^2]$$
+
+    and a full Q is updated given Θ, the noise of a clamped state being a missing value (an ECM). The initial distribution and
+    the emissions are updated in the same way; a row of the emissions learns from the steps in which it was observed. No update
+    lowers the likelihood by more than rounding. A direction in which the data are silent keeps the value it started from.
+
+    Args:
+        params: Where to start. Diagonal covariances stay diagonal; `TimeVarying` fields stay as they are.
+        emissions: $y_t$, `(num_timesteps, emission_dim)` or `(num_trials, num_timesteps, emission_dim)`; NaN is missing.
+        inputs: Soft inputs $u_t$, `(num_timesteps, input_dim)`, shared or one such array for each trial.
+        interventions: Clamps, shared or one for each trial. None: no clamps.
+        trainable: What may change: a pytree prefix of `params` with Booleans, or Boolean arrays for single entries. None:
+            everything but `TimeVarying` fields. A full covariance is frozen as a whole, a diagonal one entry by entry.
+        priors: Priors; the objective is then the log-likelihood plus their log density. None: maximum likelihood.
+        num_iters: Largest number of updates, at least 1.
+        tol: The fit has converged when an update gains less than `tol` nats for each observed number.
+        progress: Whether to draw a bar on standard error. An interrupt from the keyboard then ends the fit and returns what
+            it has reached.
+
+    Returns:
+        The fitted parameters, the log-likelihood before every update, and why the fit ended.
+
+    Raises:
+        ValueError: If an argument has the wrong shape, type or values; the message names it.
+
+    References:
+        Shumway & Stoffer (1982), *J. Time Series Analysis* 3; Meng & Rubin (1993), *Biometrika* 80 (ECM); Nejatbakhsh & Wang
+        (2025), sec. 3, for the model.
+
+    Examples:
+        >>> import jax, numpy as np, issm
+        >>> truth = issm.make_lgssm_params([0.0], [1.0], [[0.9]], [0.1], [[1.0], [2.0]], [0.5, 0.5])
+        >>> plan = issm.do({0: 2.0}, num_timesteps=60, state_dim=1, start=20, stop=40)
+        >>> _, emissions = issm.lgssm_sample(jax.random.key(0), truth, 60, interventions=plan)
+        >>> fit = issm.fit_em(truth, emissions, interventions=plan, num_iters=5)
+        >>> bool((np.diff(fit.log_probs) >= 0).all())
+        True
+    """
+    _check_options(num_iters, tol, progress)
+    trials = as_trials(params, emissions, inputs, interventions)
+    rules = make_rules(params, trainable, priors)
+    problem = Problem(trials, find_patterns(params, trials), rules, jnp.asarray(tol, params.initial.mean.dtype))
+    centered, state, center = _prepare(params, problem, num_iters)
+    run = _run_with_bar if progress and is_concrete(state.code) else _run
+    state = run(state, centered, num_iters)
+    return _result(_finish(state, problem, center, params))
+
+
+class Problem(eqx.Module):
+    """Data and rules of a fit, checked."""
+
+    trials: Trials
+    patterns: Patterns
+    rules: Rules
+    tol: Float[Array, ""]
+
+
+class EMState(eqx.Module):
+    """What the loop carries.
+
+    Attributes:
+        params: Parameters whose likelihood is computed next.
+        previous: The last parameters whose likelihood is known.
+        floor: Smallest emission variances.
+        log_probs, log_priors: Of the parameters before every update.
+        num_updates: Number of updates behind `params`.
+        code: Why the loop ended, or `Code.RUNNING`.
+        broken: First field whose update was not finite, or -1.
+        kept: States whose dynamics were never learned.
+    """
+
+    params: ParamsLGSSM
+    previous: ParamsLGSSM
+    floor: Float[Array, " emission_dim"]
+    log_probs: Float[Array, " num_log_probs"]
+    log_priors: Float[Array, " num_log_probs"]
+    num_updates: Int[Array, ""]
+    code: Int[Array, ""]
+    broken: Int[Array, ""]
+    kept: Bool[Array, " state_dim"]
+
+
+@partial(jax.jit, static_argnames="num_iters")
+def _prepare(params: ParamsLGSSM, problem: Problem, num_iters: int) -> tuple[Problem, EMState, Array]:
+    """Center the emissions, and set up the loop."""
+    center = _center(problem.trials.emissions)
+    floor = _variance_floor(params, problem.trials.emissions)
+    params = _shift_params(params, center)
+    blank = jnp.full(num_iters + 1, -jnp.inf, params.initial.mean.dtype)
+    zero = jnp.zeros((), jnp.int32)
+    kept = jnp.zeros(params.state_dim, bool)
+    state = EMState(params, params, floor, blank, blank, zero, zero, zero - 1, kept)
+    return _shift_problem(problem, center), state, center
+
+
+@jax.jit
+def _run(state: EMState, problem: Problem, until: int | Int[Array, ""]) -> EMState:
+    """Iterate until the fit has ended or `until` updates are behind it."""
+    last = state.log_probs.shape[0] - 1
+
+    def running(state: EMState) -> Array:
+        return (state.code == Code.RUNNING) & ((state.num_updates < until) | (state.num_updates == last))
+
+    def iterate(state: EMState) -> EMState:
+        stats = expected_statistics(state.params, problem.trials, problem.patterns)
+        return _advance(state, stats, problem, last)
+
+    return lax.while_loop(running, iterate, state)
+
+
+def _advance(state: EMState, stats: SufficientStatistics, problem: Problem, last: int) -> EMState:
+    """Judge the parameters that `stats` belong to, and update them if the fit goes on."""
+    k, rules = state.num_updates, problem.rules
+    prior = log_prior(state.params, rules)
+    objective = stats.log_prob + prior
+    before = (state.log_probs + state.log_priors)[jnp.maximum(k - 1, 0)]
+    first = k == 0
+    gain = jnp.where(first, jnp.inf, objective - before)
+    numbers = _count(problem.trials.emissions)
+    finite = jnp.isfinite(objective)
+    slack = _rounding(objective.dtype) * jnp.maximum(jnp.abs(objective), numbers)
+    ended = [
+        (~finite & first, Code.START_NOT_FINITE),
+        (~finite, Code.LOGLIK_NOT_FINITE),
+        (gain < -slack, Code.DECREASED),
+        (gain <= problem.tol * numbers, Code.CONVERGED),
+        (k == last, Code.MAX_ITERS),
+    ]
+    updated = m_step(state.params, stats, rules, state.floor)
+    broken = first_broken_field(updated)
+    ended.append((broken >= 0, Code.UPDATE_NOT_FINITE))
+    code = jnp.select([c for c, _ in ended], [jnp.int32(v) for _, v in ended], jnp.int32(Code.RUNNING))
+
+    # An update that gained nothing (or less) is dropped, so that the log never goes down.
+    drop = (~finite & ~first) | (gain < 0)
+    record = lambda log, value: jnp.where(drop, log, log.at[k].set(value))  # noqa: E731
+    goes_on = code == Code.RUNNING
+    choose = lambda condition, a, b: jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)  # noqa: E731
+    current = choose(drop, state.previous, state.params)
+    if isinstance(stats.dynamics, RowStatistics):
+        kept = stats.dynamics.count == 0
+    else:
+        kept = ~(stats.dynamics.free & (stats.dynamics.count > 0)[:, None]).any(axis=0)
+    return EMState(
+        params=choose(goes_on, updated, current),
+        previous=current,
+        floor=state.floor,
+        log_probs=record(state.log_probs, stats.log_prob),
+        log_priors=record(state.log_priors, prior),
+        num_updates=jnp.where(goes_on, k + 1, jnp.where(drop, k - 1, k)),
+        code=code,
+        broken=jnp.where(code == Code.UPDATE_NOT_FINITE, broken, state.broken),
+        kept=kept,
+    )
+
+
+def _run_with_bar(state: EMState, problem: Problem, num_iters: int) -> EMState:
+    """The same loop in short runs, with a bar between them."""
+    bar, size = ProgressBar("fit_em", num_iters), 1
+    try:
+        while int(state.code) == Code.RUNNING:
+            began = time.perf_counter()
+            state = jax.block_until_ready(_run(state, problem, min(int(state.num_updates) + size, num_iters)))
+            done = int(state.num_updates)
+            bar.draw(done, float(state.log_probs[max(done - 1, 0)]))
+            if time.perf_counter() - began < DRAW_EVERY_SECONDS / 2:
+                size *= 2
+    except KeyboardInterrupt:
+        at = int(state.num_updates)
+        state = eqx.tree_at(
+            lambda s: (s.params, s.num_updates, s.code),
+            state,
+            (state.previous, jnp.int32(max(at - 1, 0)), jnp.int32(Code.INTERRUPTED)),
+        )
+    finally:
+        bar.close()
+    return state
+
+
+@jax.jit
+def _finish(state: EMState, problem: Problem, center: Array, start: ParamsLGSSM) -> FitResult:
+    """Undo the centering, and repeat the last entry of the logs to their end."""
+    places = jnp.minimum(jnp.arange(state.log_probs.shape[0], dtype=jnp.int32), state.num_updates)
+    params = _shift_params(state.params, -center)
+    moves = problem.rules.emissions.coefficients
+    bias, before = params.emissions.bias, start.emissions.bias
+    if isinstance(bias, TimeVarying) or isinstance(before, TimeVarying):
+        bias = before
+    elif moves is not None:
+        bias = jnp.where(moves[:, -1], bias, before)
+    params = eqx.tree_at(lambda p: p.emissions.bias, params, bias)
+    return FitResult(
+        params=params,
+        log_probs=state.log_probs[places],
+        log_priors=state.log_priors[places],
+        converged=state.code == Code.CONVERGED,
+        num_iters=state.num_updates,
+        code=state.code,
+        broken=state.broken,
+        floored=_at_floor(state, problem.rules),
+        kept=state.kept,
+    )
+
+
+def _result(fit: FitResult) -> FitResult:
+    """Trim the logs where their length is known."""
+    if not is_concrete(fit.num_iters):
+        return fit
+    num_iters = int(fit.num_iters)
+    logs = (fit.log_probs[: num_iters + 1], fit.log_priors[: num_iters + 1])
+    where = lambda f: (f.log_probs, f.log_priors, f.num_iters, f.converged)  # noqa: E731
+    return eqx.tree_at(where, fit, (*logs, num_iters, bool(fit.converged)))
+
+
+def _at_floor(state: EMState, rules: Rules) -> Array:
+    cov = state.params.emissions.cov
+    if isinstance(cov, TimeVarying):
+        return jnp.zeros(state.floor.shape, bool)
+    variances = cov if cov.ndim == 1 else _smallest_share(cov, state.floor)
+    return rules.emissions.cov.any() & (variances <= state.floor * (1 + 1e-3))
+
+
+def _smallest_share(cov: Array, floor: Array) -> Array:
+    """Variance of each emission given all others: small where a full covariance is close to singular along it."""
+    scale = jnp.sqrt(floor)
+    precision = jnp.linalg.inv(cov / scale[:, None] / scale[None])
+    return floor / jnp.diagonal(precision)
+
+
+def _variance_floor(params: ParamsLGSSM, emissions: Array) -> Array:
+    """Smallest emission variances: a rounding-sized share of each channel's variance, and never above where the fit starts.
+
+    Without one the likelihood has no maximum for a constant channel, or one that the states explain exactly.
+    """
+    dtype = emissions.dtype
+    observed = ~jnp.isnan(emissions)
+    centered = jnp.where(observed, emissions - _center(emissions)[None, None], 0.0)
+    variances = (centered**2).sum(axis=(0, 1)) / jnp.maximum(observed.sum(axis=(0, 1)), 1).astype(dtype)
+    typical = variances.sum() / jnp.maximum((variances > 0).sum(), 1).astype(dtype)
+    start = values_of(params.emissions.cov)
+    if isinstance(params.emissions.cov, TimeVarying):
+        return jnp.zeros_like(variances)
+    diagonal = is_diagonal(start)
+    own = start if diagonal else jnp.diagonal(start)
+    scale = jnp.where(variances > 0, variances, jnp.where(typical > 0, typical, own))
+    floor = _floor_ratio(dtype) * scale
+    if diagonal:
+        return jnp.minimum(floor, start)
+    root = jnp.sqrt(floor)
+    smallest = jnp.linalg.eigvalsh(start / root[:, None] / root[None]).min()
+    return floor * jnp.minimum(1.0, smallest)
+
+
+def _floor_ratio(dtype: Any) -> float:
+    return 1e-10 if dtype == jnp.float64 else 1e-6
+
+
+def _rounding(dtype: Any) -> float:
+    """Relative loss that counts as rounding."""
+    return 1e-8 if dtype == jnp.float64 else 1e-4
+
+
+def _count(emissions: Array) -> Array:
+    return (~jnp.isnan(emissions)).sum().astype(emissions.dtype)
+
+
+def _center(emissions: Array) -> Array:
+    """Mean of the observed entries of each channel; zero where there are none."""
+    observed = ~jnp.isnan(emissions)
+    count = observed.sum(axis=(0, 1)).astype(emissions.dtype)
+    reference = jnp.where(observed, emissions, 0.0).sum(axis=(0, 1)) / jnp.maximum(count, 1)
+    rest = jnp.where(observed, emissions - reference[None, None], 0.0).sum(axis=(0, 1)) / jnp.maximum(count, 1)
+    return reference + rest
+
+
+def _shift_problem(problem: Problem, center: Array) -> Problem:
+    """Emissions less their mean, and the priors of the emission bias with them: the same problem, better conditioned."""
+    prior = problem.rules.emissions.prior
+    if prior is not None:
+        shifted: ResolvedPrior = eqx.tree_at(lambda p: p.mean, prior, prior.mean.at[:, -1].add(-center))
+        problem = eqx.tree_at(lambda p: p.rules.emissions.prior, problem, shifted)
+    return eqx.tree_at(lambda p: p.trials.emissions, problem, problem.trials.emissions - center[None, None])
+
+
+def _shift_params(params: ParamsLGSSM, by: Array) -> ParamsLGSSM:
+    bias = params.emissions.bias
+    new = TimeVarying(bias.values - by[None]) if isinstance(bias, TimeVarying) else bias - by
+    return eqx.tree_at(lambda p: p.emissions.bias, params, new)
+
+
+def _check_options(num_iters: Any, tol: Any, progress: Any) -> None:
+    if isinstance(num_iters, bool) or not isinstance(num_iters, (int, np.integer)) or num_iters < 1:
+        fail(
+            "num_iters",
+            got=repr(num_iters),
+            expected="an integer of at least 1",
+            remedy="To evaluate parameters without fitting, use `marginal_log_prob`.",
+        )
+    if is_concrete(tol) and not float(tol) >= 0:
+        fail("tol", got=repr(tol), expected="a number of at least zero", remedy="Zero runs until nothing is gained.")
+    if not isinstance(progress, bool):
+        fail("progress", got=repr(progress), expected="True or False", remedy="True draws a bar on standard error.")
