@@ -5,6 +5,7 @@ Entry t of an intervention, and of the inputs, acts on the arrival in x_t.
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -97,7 +98,7 @@ def test_effect():
 def test_em_learns_from_the_arrivals_of_an_input():
     """States that are seen almost exactly make the M step a regression of x_t on u_t, and on nothing shifted."""
     truth = params(1e-4)
-    start = eqx.tree_at(lambda p: p.dynamics.input_weights, truth, np.array([[0.2], [0.5]]))
+    start = eqx.tree_at(lambda p: p.dynamics.input_weights, truth, jnp.array([[0.2], [0.5]]))
     fit = issm.fit_em(
         start, emissions_of(CASES["input"]), PULSE, trainable=only(lambda p: p.dynamics.input_weights), num_iters=100
     )
@@ -111,7 +112,7 @@ def test_em_leaves_out_the_arrivals_of_a_clamp():
     for t in range(1, NUM_TIMESTEPS):
         states[t] = np.where(plan.mask[t], plan.value[t], WEIGHTS @ states[t - 1])
     truth = params(1e-4)
-    start = eqx.tree_at(lambda p: p.dynamics.weights, truth, np.array([[0.3, 0.0], [0.6, 0.1]]))
+    start = eqx.tree_at(lambda p: p.dynamics.weights, truth, jnp.array([[0.3, 0.0], [0.6, 0.1]]))
     fit = issm.fit_em(
         start, states, 0 * PULSE, interventions=plan, trainable=only(lambda p: p.dynamics.weights), num_iters=100
     )
