@@ -1,5 +1,14 @@
 """Causal state-space modelling of dynamical systems under intervention, in JAX."""
 
+from issm.causal.effects import Effect as Effect
+from issm.causal.effects import EffectEstimate as EffectEstimate
+from issm.causal.effects import causal_effect as causal_effect
+from issm.causal.history import History as History
+from issm.causal.predict import Moments as Moments
+from issm.causal.predict import Prediction as Prediction
+from issm.causal.predict import interventional_prediction as interventional_prediction
+from issm.causal.readout import Readout as Readout
+from issm.causal.uncertainty import Spread as Spread
 from issm.fitting.em import fit_em as fit_em
 from issm.fitting.initialize import initialize_lgssm as initialize_lgssm
 from issm.fitting.priors import Priors as Priors

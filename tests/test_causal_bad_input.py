@@ -1,0 +1,105 @@
+"""Bad causal questions: each is refused with a named error, before anything is compiled (see `test_bad_input.py`)."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import issm
+from issm import History, TimeVarying
+from test_bad_input import as_a_user  # noqa: F401 (an autouse fixture)
+
+SIZES = dict(num_timesteps=4, state_dim=2)
+MODEL = dict(initial_mean=[0.0, 0.0], initial_cov=[1.0, 1.0], dynamics_weights=np.eye(2) * 0.5, dynamics_cov=[0.1, 0.1],
+             emissions_weights=np.ones((3, 2)), emissions_cov=np.ones(3))  # fmt: skip
+PARAMS = issm.make_lgssm_params(**MODEL)
+DRIVEN = issm.make_lgssm_params(**MODEL, dynamics_input_weights=np.ones((2, 1)))
+VARYING = issm.make_lgssm_params(**MODEL | {"dynamics_weights": TimeVarying(np.stack([np.eye(2)] * 4))})
+PLAN = issm.do({0: 1.0}, **SIZES)
+LONGER = issm.do({0: 1.0}, num_timesteps=5, state_dim=2)
+ELSEWHERE = issm.do({2: 1.0}, num_timesteps=4, state_dim=3)
+TRIALS = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), PLAN)
+NUM_PARAMETERS = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
+DRAWS = jax.tree.map(lambda leaf: jnp.stack([leaf] * 5), PARAMS)
+Y = np.zeros((3, 3))
+
+
+def predict(*arguments, **options):
+    """The same call to every function that takes a plan."""
+    return [lambda f=f: f(*arguments, **options) for f in (issm.interventional_prediction, issm.causal_effect)]
+
+
+def effect(**options):
+    return lambda: issm.causal_effect(PARAMS, PLAN, **options)
+
+
+CALLS = {
+    "draws for parameters": (predict(DRAWS, PLAN), "params.initial.mean", "(5, 2)"),
+    "parameters that are none": (predict(MODEL, PLAN), "params", "a dict"),
+    "a plan that is an array": (predict(PARAMS, np.ones((4, 2))), "plan", "a ndarray"),
+    "no plan": (predict(PARAMS, None), "plan", "NoneType"),
+    "a plan of another model": (predict(PARAMS, ELSEWHERE), "plan", "(4, 3)"),
+    "a plan on a state that does not exist": (lambda: issm.do({2: 1.0}, **SIZES), "clamps", "state 2"),
+    "conflicting clamps": (lambda: issm.merge(PLAN, issm.do({0: 2.0}, **SIZES)), "a, b", "state 0 at step 0"),
+    "a plan longer than the inputs": (predict(DRIVEN, PLAN, inputs=np.zeros((3, 1))), "inputs", "3 steps"),
+    "inputs of a model without": (predict(PARAMS, PLAN, inputs=np.zeros((4, 1))), "inputs", "(4, 1)"),
+    "no inputs": (predict(DRIVEN, PLAN), "inputs", "None"),
+    "inputs that are NaN": (predict(DRIVEN, PLAN, inputs=np.full((4, 1), np.nan)), "inputs", "NaN"),
+    "a history that is an array": (predict(PARAMS, PLAN, history=Y), "history", "a ndarray"),
+    "a history without axes": (lambda: History(np.zeros(4)), "emissions", "(4,)"),
+    "a history of another model": (predict(PARAMS, PLAN, history=History(Y[:, :2])), "history.emissions", "(3, 2)"),
+    "a history that ends after the plan starts": (
+        predict(PARAMS, PLAN, history=History(Y, None, PLAN)), "history.interventions", "(4, 2)"),
+    "a history without data": (predict(PARAMS, PLAN, history=History(Y * np.nan)), "history.emissions", "NaN"),
+    "a history without inputs": (
+        predict(DRIVEN, PLAN, history=History(Y), inputs=np.zeros((4, 1))), "history.inputs", "None"),
+    "two numbers of trials": (predict(PARAMS, TRIALS, history=History(Y[None])), "history", "1 trials"),
+    "fields that end before the plan": (predict(VARYING, LONGER), "params.dynamics.weights", "4 steps"),
+    "fields that do not reach back": (
+        predict(VARYING, PLAN, history=History(Y)), "params.dynamics.weights", "7 steps: 3 of the history"),
+    "a reference that is an array": (effect(reference=np.ones((4, 2))), "reference", "a ndarray"),
+    "a reference of another length": (effect(reference=LONGER), "reference", "5 steps"),
+    "a reference of another model": (effect(reference=ELSEWHERE), "reference", "(4, 3)"),
+    "an effect on something else": (effect(of="firing rates"), "of", "firing rates"),
+    "an effect on an array": (effect(of=np.ones((1, 3))), "of", "array"),
+    "a read-out of another model": (effect(of=issm.Readout(np.ones((1, 2)))), "of", "2 emissions"),
+    "a read-out of other states": (effect(of=issm.Readout(np.ones((1, 3)), "states")), "of", "3 states"),
+    "a read-out that is a vector": (lambda: issm.Readout(np.ones(3)), "weights", "(3,)"),
+    "a read-out of neither": (lambda: issm.Readout(np.ones((1, 3)), "inputs"), "of", "inputs"),
+    "a window with another name": (effect(window="during"), "window", "during"),
+    "a window that leaves the plan": (effect(window=(2, 5)), "window", "(2, 5)"),
+    "an empty window": (effect(window=(2, 2)), "window", "(2, 2)"),
+    "a window after a plan that never ends": (effect(window="after"), "window", "no step"),
+    "a window of steps": (effect(window=np.arange(4)), "window", "int"),
+    "a window of another length": (effect(window=np.ones(5, bool)), "window", "(5,)"),
+    "a level in percent": (effect(level=95), "level", "95"),
+    "a level of one": (effect(level=1.0), "level", "1.0"),
+    "draws of the wrong model": (
+        effect(parameters=jax.tree.map(lambda leaf: jnp.stack([leaf] * 5), DRIVEN)), "parameters", "leading axis"),
+    "draws without an axis": (effect(parameters=PARAMS), "parameters", "leading axis"),
+    "one draw": (effect(parameters=jax.tree.map(lambda leaf: leaf[:1], DRAWS)), "parameters", "1 draws"),
+    "draws that are NaN": (effect(parameters=jax.tree.map(lambda leaf: leaf * jnp.nan, DRAWS)), "parameters", "NaN"),
+    "a covariance of another model": (effect(parameters=np.eye(3)), "parameters", "(3, 3)"),
+    "an indefinite covariance": (effect(parameters=-np.eye(NUM_PARAMETERS)), "parameters", "eigenvalue"),
+    "an average over no trials": (effect(average_trials=True), "average_trials", "single sequence"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bad_question_is_refused(name):
+    calls, argument, fragment = CALLS[name]
+    for call in calls if isinstance(calls, list) else [calls]:
+        with pytest.raises(ValueError) as caught:
+            call()
+        parts = re.fullmatch(r"(.+?): got (.+?); expected (.+?)\. (\S.*)", str(caught.value), flags=re.DOTALL)
+        assert parts, f"argument, got, expected, remedy: {caught.value}"
+        assert parts.group(1) == argument, caught.value
+        assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize("call", predict(PARAMS, PLAN, history=History(Y)))
+def test_a_good_question_goes_on_to_compile(call):
+    with pytest.raises(AssertionError, match="reached a jitted function"):
+        call()
