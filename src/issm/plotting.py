@@ -187,7 +187,7 @@ def plot_flow_field(
     ax = _axes(ax)
     if states is not None:
         for trial in np.atleast_3d(np.asarray(states).reshape(-1, *np.shape(states)[-2:])):
-            ax.plot(trial[:, 0], trial[:, 1], color="0.8", linewidth=0.6, zorder=1)
+            ax.plot(trial[:, 0], trial[:, 1], color="0.75", linewidth=0.5, zorder=1)
     ax.streamplot(
         first, second, rates[..., 0], rates[..., 1],
         color=color, density=0.9, linewidth=1.0, arrowsize=0.9, broken_streamlines=False, zorder=2,

@@ -95,9 +95,16 @@ def euler_sample(
     num_trials = _num_trials(num_trials, initial_state, clamps)
     if num_trials is None:
         return _euler(key, drift, initial_state, dt, noise_scale, clamps)
+    return _euler_trials(jax.random.split(key, num_trials), drift, initial_state, dt, noise_scale, clamps)
+
+
+@eqx.filter_jit
+def _euler_trials(
+    keys: Array, drift: Callable, initial_state: Array, dt: Array, noise_scale: Array, clamps: Intervention
+) -> Array:
     axes = jax.tree.map(lambda leaf: 0 if leaf.ndim == 3 else None, clamps)
-    draw = jax.vmap(_euler, in_axes=(0, None, 0 if initial_state.ndim == 2 else None, None, None, axes))
-    return draw(jax.random.split(key, num_trials), drift, initial_state, dt, noise_scale, clamps)
+    one = lambda key, state, clamps: _euler(key, drift, state, dt, noise_scale, clamps)  # noqa: E731
+    return jax.vmap(one, in_axes=(0, 0 if initial_state.ndim == 2 else None, axes))(keys, initial_state, clamps)
 
 
 @eqx.filter_jit

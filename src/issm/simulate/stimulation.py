@@ -1,5 +1,6 @@
 """Stimulation protocols: which states are clamped, when and to what, drawn at random."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -72,16 +73,20 @@ def random_stimulation(
             remedy="Choose how the amplitudes are drawn.",
         )
 
-    def train(key: PRNGKey) -> tuple[Array, Array]:
-        return _pulse_train(key, num_timesteps, num_channels, duration, gap, distribution, one_at_a_time)
-
+    protocol = (num_timesteps, num_channels, duration, gap, distribution, bool(one_at_a_time))
     if num_trials is None:
-        height, active = train(key)
+        height, active = _pulse_train(key, *protocol)
     else:
-        height, active = jax.vmap(train)(jax.random.split(key, _as_size("num_trials", num_trials)))
+        height, active = _pulse_trains(jax.random.split(key, _as_size("num_trials", num_trials)), *protocol)
     return stimulate(amplitude * height, gains, active)
 
 
+@partial(jax.jit, static_argnums=range(1, 7))
+def _pulse_trains(keys: Array, *protocol: Any) -> tuple[Array, Array]:
+    return jax.vmap(lambda key: _pulse_train(key, *protocol))(keys)
+
+
+@partial(jax.jit, static_argnums=range(1, 7))
 def _pulse_train(
     key: PRNGKey,
     num_timesteps: int,
@@ -92,25 +97,30 @@ def _pulse_train(
     one_at_a_time: bool,
 ) -> tuple[Array, Array]:
     """Heights of unit scale and Booleans, `(num_timesteps, num_channels)`."""
-    duration_key, gap_key, height_key, channel_key = jax.random.split(key, 4)
     num_trains = 1 if one_at_a_time else num_channels
     num_pulses = -(-num_timesteps // (duration[0] + gap[0])) + 1
-    shape = (num_trains, num_pulses)
-    durations = jax.random.randint(duration_key, shape, duration[0], duration[1] + 1)
-    gaps = jax.random.randint(gap_key, shape, gap[0], gap[1] + 1)
+    # One draw for everything: random bits are what takes long to compile.
+    dtype = jnp.result_type(float)
+    above_minus_one = np.nextafter(dtype.type(-1), dtype.type(0))
+    drawn = jax.random.uniform(key, (4, num_trains, num_pulses), dtype, minval=above_minus_one, maxval=1.0)
+    durations, gaps = _integers(drawn[0], *duration), _integers(drawn[1], *gap)
     stops = jnp.cumsum(gaps + durations, axis=1)
     steps = jnp.arange(num_timesteps)[:, None, None]
     on = (steps >= (stops - durations)[None]) & (steps < stops[None])  # step, train, pulse
     if distribution == "normal":
-        heights = jax.random.normal(height_key, shape)
-    elif distribution == "uniform":
-        heights = jax.random.uniform(height_key, shape, minval=-1.0, maxval=1.0)
+        heights = np.sqrt(2) * jax.lax.erf_inv(drawn[2])
     else:
-        heights = jax.random.rademacher(height_key, shape).astype(jnp.result_type(float))
+        heights = drawn[2] if distribution == "uniform" else jnp.where(drawn[2] < 0, -1.0, 1.0)
     if one_at_a_time:
-        chosen = jax.random.randint(channel_key, (num_pulses,), 0, num_channels)
+        chosen = _integers(drawn[3, 0], 0, num_channels - 1)
         on = on & (jnp.arange(num_channels)[:, None] == chosen[None, :])[None]
     return jnp.where(on, heights[None], 0.0).sum(axis=-1), on.any(axis=-1)
+
+
+def _integers(drawn: Array, low: int, high: int) -> Array:
+    """Numbers between -1 and 1 as integers from `low` to `high`, all equally probable."""
+    count = high - low + 1
+    return jnp.clip(jnp.floor((drawn + 1) / 2 * count), 0, count - 1).astype(int) + low
 
 
 def _as_size(argument: str, size: Any) -> int:
