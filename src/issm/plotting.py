@@ -190,7 +190,7 @@ def plot_flow_field(
             ax.plot(trial[:, 0], trial[:, 1], color="0.75", linewidth=0.5, zorder=1)
     ax.streamplot(
         first, second, rates[..., 0], rates[..., 1],
-        color=color, density=0.9, linewidth=1.0, arrowsize=0.9, broken_streamlines=False, zorder=2,
+        color=color, density=0.75, linewidth=1.0, arrowsize=0.9, zorder=2,
     )  # fmt: skip
     ax.set_xlim(left, right)
     ax.set_ylim(bottom, top)

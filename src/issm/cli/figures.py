@@ -193,7 +193,7 @@ def _flow_picture(result: Result) -> Picture | None:
     if data.system is None or data.train.states is None or data.system.state_dim != 2 or not fitted:
         return None
     states = data.train.states
-    low, high = np.quantile(states.reshape(-1, 2), [0.005, 0.995], axis=0)
+    low, high = np.quantile(states.reshape(-1, 2), [0.02, 0.98], axis=0)
     extent = (low[0], high[0], low[1], high[1])
     figure = Figure(figsize=(7.2, 2.9), layout="constrained")
     panels = figure.subplots(1, 1 + len(fitted), squeeze=False, sharex=True, sharey=True)[0]
@@ -235,7 +235,13 @@ def _draw_clamps(ax: Any, clamps: Intervention, time: np.ndarray) -> None:
     for i in range(mask.shape[-1]):
         held = np.where(mask[:, i], value[:, i], np.nan)
         ax.plot(
-            time, held, color=("0.25", "0.65")[i % 2], linewidth=2.5, solid_capstyle="butt", label=f"state {i + 1} held"
+            time,
+            held,
+            color=("0.15", "0.65")[i % 2],
+            linewidth=2.0 + 3.0 * (i % 2),
+            zorder=3 - i % 2,
+            solid_capstyle="butt",
+            label=f"state {i + 1} held",
         )
     ax.axhline(0.0, color="0.8", linewidth=0.8, zorder=0)
     span = max(np.abs(value).max() * 1.25, 1e-9)
@@ -246,7 +252,7 @@ def _draw_clamps(ax: Any, clamps: Intervention, time: np.ndarray) -> None:
 
 def _limits(series: list[np.ndarray]) -> tuple[float, float]:
     low, high = min(np.nanmin(each) for each in series), max(np.nanmax(each) for each in series)
-    margin = 0.25 * (high - low) or 1.0
+    margin = 0.15 * (high - low) or 1.0
     return float(low - margin), float(high + margin)
 
 
