@@ -157,7 +157,7 @@ def _keep_frozen(new: Array, old: Array, trainable: Array | None) -> Array:
 
 def _block_rules(name: str, params: ParamsLGSSM, masks: ParamsLGSSM, prior: Any) -> BlockRules:
     block, mask = getattr(params, name), getattr(masks, name)
-    cov_mask = values_of(mask.cov)
+    cov_mask = mask.cov.values if isinstance(mask.cov, TimeVarying) else mask.cov
     moves = _coefficient_mask(mask)
     if not is_diagonal(block.cov) and is_concrete(cov_mask) and cov_mask.any() and not cov_mask.all():
         fail(

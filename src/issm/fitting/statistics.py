@@ -85,7 +85,7 @@ def _group(mask: Bool[Array, "*steps state_dim"], correlated: bool) -> MaskPatte
     if 2**state_dim <= num_steps:  # every subset has a place in the table
         places = 2 ** np.arange(state_dim)
         table = (np.arange(2**state_dim)[:, None] & places[None]) > 0
-        index = (mask.astype(jnp.int32) * jnp.asarray(places, jnp.int32)).sum(axis=-1, dtype=jnp.int32)
+        index = mask.astype(jnp.int32) @ jnp.asarray(places, jnp.int32)
         return MaskPatterns(jnp.asarray(~table), index, False)
     return MaskPatterns(~mask.reshape(-1, state_dim), jnp.arange(num_steps, dtype=jnp.int32).reshape(steps), False)
 
@@ -202,9 +202,9 @@ def _arrival_statistics(
         one = slice(0, 1) if shared else slice(None)
         rows = found.residuals.shape[-1]
         return RowStatistics(
-            gram=_gram(found, weights[..., one], pattern_weights[..., one]),
+            gram=_gram(found.regressors, found.regressor_covs, weights[..., one], pattern_weights[..., one]),
             cross=_flat(weights * found.residuals).T @ _flat(found.regressors)
-            + _pad(jnp.einsum("gti,gtip->ip", pattern_weights, found.cross_covs), found),
+            + _pad(jnp.einsum("gti,gtip->ip", pattern_weights, found.cross_covs), found.regressors.shape[-1]),
             second=(weights * found.residuals**2).sum(axis=(0, 1))
             + jnp.einsum("gti,gtii->i", pattern_weights, found.residual_covs).reshape(rows),
             count=weights.sum(axis=(0, 1)),
@@ -231,8 +231,8 @@ def _pattern_statistics(
     rows = found.residuals.shape[-1]
     return PatternStatistics(
         free=patterns_free,
-        gram=second[:, rows:, rows:] + _pad_both(add(found.regressor_covs), found),
-        cross=second[:, :rows, rows:] + _pad(add(found.cross_covs), found),
+        gram=second[:, rows:, rows:] + _pad_both(add(found.regressor_covs), found.regressors.shape[-1]),
+        cross=second[:, :rows, rows:] + _pad(add(found.cross_covs), found.regressors.shape[-1]),
         second=second[:, :rows, :rows] + add(found.residual_covs),
         count=jax.ops.segment_sum(weights.reshape(-1), index.reshape(-1), num_masks),
         complete=unclamped,
@@ -248,21 +248,20 @@ def _group_products(vectors: Array, weights: Array, index: Array, num_groups: in
     return jax.ops.segment_sum(outer, index, num_groups)
 
 
-def _gram(found: _Moments, weights: Array, pattern_weights: Array) -> Array:
+def _gram(regressors: Array, covs: Array, weights: Array, pattern_weights: Array) -> Array:
     r"""$\sum E[z z^\top]$ with one weight for each step and row."""
-    flat, regressors = _flat(weights), _flat(found.regressors)
-    means = lax.map(lambda weight: (regressors * weight[:, None]).T @ regressors, flat.T)
-    return means + _pad_both(jnp.einsum("gtr,gtij->rij", pattern_weights, found.regressor_covs), found)
+    flat = _flat(regressors)
+    means = lax.map(lambda weight: (flat * weight[:, None]).T @ flat, _flat(weights).T)
+    return means + _pad_both(jnp.einsum("gtr,gtij->rij", pattern_weights, covs), flat.shape[1])
 
 
-def _pad(sums: Array, found: _Moments) -> Array:
+def _pad(sums: Array, columns: int) -> Array:
     """Zeros for the regressors that are known."""
-    missing = found.regressors.shape[-1] - sums.shape[-1]
-    return jnp.pad(sums, (*((0, 0),) * (sums.ndim - 1), (0, missing)))
+    return jnp.pad(sums, (*((0, 0),) * (sums.ndim - 1), (0, columns - sums.shape[-1])))
 
 
-def _pad_both(sums: Array, found: _Moments) -> Array:
-    missing = found.regressors.shape[-1] - sums.shape[-1]
+def _pad_both(sums: Array, columns: int) -> Array:
+    missing = columns - sums.shape[-1]
     return jnp.pad(sums, (*((0, 0),) * (sums.ndim - 2), (0, missing), (0, missing)))
 
 
@@ -293,7 +292,6 @@ def _row_emission_statistics(
     if isinstance(cov, TimeVarying):
         weights, pattern_weights = weights / cov.values[None], pattern_weights / cov.values[None]
     pattern_weights = pattern_weights * data.pattern_count[:, None, None]
-    found = _Moments(regressors, residuals, state_covs, state_covs[:, :, :0], state_covs[:, :, :0, :0])
     if shared:
         total = jnp.einsum("gtr,gtij->tij", pattern_weights, state_covs)
         loaded = rows @ total  # R_t P_t, summed over trials
@@ -304,8 +302,8 @@ def _row_emission_statistics(
         loaded = jnp.einsum("tni,tnij->tnj", rows, by_row)
         spread, cross_covs = jnp.einsum("tni,tni->n", loaded, rows), loaded.sum(axis=0)
     return RowStatistics(
-        gram=_gram(found, weights, pattern_weights),
-        cross=_flat(weights * residuals).T @ _flat(regressors) - _pad(cross_covs, found),
+        gram=_gram(regressors, state_covs, weights, pattern_weights),
+        cross=_flat(weights * residuals).T @ _flat(regressors) - _pad(cross_covs, regressors.shape[-1]),
         second=(weights * residuals**2).sum(axis=(0, 1)) + spread,
         count=jnp.broadcast_to(weights.sum(axis=(0, 1)), residuals.shape[2:]),
     )
@@ -330,14 +328,13 @@ def _correlated_emission_statistics(
         residuals = jnp.einsum("ktnm,ktm->ktn", data.trials.spread(gains), residuals)
         second_covs = gains @ second_covs @ jnp.swapaxes(gains, 2, 3) + unexplained
         cross_covs = gains @ cross_covs
-    found = _Moments(regressors, residuals, state_covs, cross_covs, second_covs)
     pattern_weights = pattern_used * data.pattern_count[:, None]
     weighted = _flat(residuals) * used.reshape(-1, 1)
     add = lambda covs: jnp.einsum("gt,gtij->ij", pattern_weights, covs)  # noqa: E731
     return PatternStatistics(
         free=jnp.ones((1, residuals.shape[2]), bool),
-        gram=_gram(found, used[:, :, None], pattern_weights[:, :, None]),
-        cross=(weighted.T @ _flat(regressors) - _pad(add(cross_covs), found))[None],
+        gram=_gram(regressors, state_covs, used[:, :, None], pattern_weights[:, :, None]),
+        cross=(weighted.T @ _flat(regressors) - _pad(add(cross_covs), regressors.shape[-1]))[None],
         second=(weighted.T @ _flat(residuals) + add(second_covs))[None],
         count=used.sum()[None],
         complete=True,

@@ -1,0 +1,209 @@
+"""EM: exact M steps, a likelihood that never goes down, frozen entries, guards."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+
+import helpers
+import issm
+from issm.fitting.result import Code
+
+FIELDS = {
+    "initial": ("mean", "cov"),
+    "dynamics": ("weights", "bias", "input_weights", "cov"),
+    "emissions": ("weights", "bias", "input_weights", "cov"),
+}
+
+DIAGONAL = dict(initial_cov="diagonal", dynamics_cov="diagonal", emissions_cov="diagonal")
+OPTIONS = {
+    "rows": dict(
+        num_trials=3,
+        input_dim=1,
+        clamps="mixed",
+        shared_interventions=False,
+        missing=0.2,
+        missing_steps=(5,),
+        **DIAGONAL,
+    ),
+    "correlated": dict(num_trials=3, input_dim=1, clamps="mixed", shared_interventions=False),
+    "correlated-missing": dict(num_trials=2, clamps="perfect", shared_interventions=False, missing=0.3),
+    "one-sequence": dict(state_dim=3, clamps="noisy", dynamics_cov="diagonal"),
+    "wide": dict(
+        num_timesteps=8, state_dim=3, emission_dim=1, dynamics_cov="singular", initial_cov="zero", clamps="zero"
+    ),
+    "time-varying": dict(
+        input_dim=1,
+        clamps="mixed",
+        missing=0.2,
+        emissions_cov="diagonal",
+        time_varying=("dynamics_weights", "emissions_bias"),
+    ),
+}
+
+
+def expected_log_joint(params, system):
+    """Expected complete-data log density given the emissions, under the states' posterior at `system.params`, by loops."""
+    p = jax.tree.map(np.asarray, params)
+    full = lambda cov: np.diag(cov) if cov.ndim == 1 else cov  # noqa: E731
+    at = lambda field, t: field.values[t] if isinstance(field, issm.TimeVarying) else field  # noqa: E731
+    total = 0.0
+    for k, posterior in enumerate(_posteriors(system)):
+        emissions, inputs, mask, _, _ = system.trial(k)
+        last = max((t for t in range(len(emissions)) if not np.isnan(emissions[t]).all()), default=-1)
+        for t in range(last + 1):
+            free, seen = ~mask[t], ~np.isnan(emissions[t])
+            x, cov = posterior.means[t], posterior.covs[t, t]
+            if t == 0:
+                total += _gaussian(x - p.initial.mean, cov, full(p.initial.cov), free)
+            else:
+                a, b = at(p.dynamics.weights, t), at(p.dynamics.bias, t)
+                residual = x - a @ posterior.means[t - 1] - at(p.dynamics.input_weights, t) @ inputs[t] - b
+                step = np.concatenate([-a, np.eye(len(x))], axis=1)
+                spread = step @ posterior.pair(t) @ step.T
+                total += _gaussian(residual, spread, full(at(p.dynamics.cov, t)), free)
+            c = at(p.emissions.weights, t)
+            residual = emissions[t] - c @ x - at(p.emissions.input_weights, t) @ inputs[t] - at(p.emissions.bias, t)
+            total += _gaussian(residual, c @ cov @ c.T, full(at(p.emissions.cov, t)), seen)
+    return total
+
+
+class _Posterior:
+    def __init__(self, reference):
+        steps, dim = reference.smoothed_means.shape
+        self.means = reference.smoothed_means
+        self.covs = reference.joint_smoothed_covariance.reshape(steps, dim, steps, dim).swapaxes(1, 2)
+
+    def pair(self, t):
+        """Covariance of (x_{t-1}, x_t)."""
+        return np.block([[self.covs[t - 1, t - 1], self.covs[t - 1, t]], [self.covs[t, t - 1], self.covs[t, t]]])
+
+
+_CACHE = {}
+
+
+def _posteriors(system):
+    if id(system) not in _CACHE:
+        trials = range(system.num_trials or 1)
+        _CACHE[id(system)] = (system, [_Posterior(helpers.reference(system, k)) for k in trials])
+    return _CACHE[id(system)][1]
+
+
+def _gaussian(mean, spread, cov, kept):
+    if not kept.any():
+        return 0.0
+    mean, spread, cov = mean[kept], spread[np.ix_(kept, kept)], cov[np.ix_(kept, kept)]
+    _, log_det = np.linalg.slogdet(2 * np.pi * cov)
+    return -(log_det + mean @ np.linalg.solve(cov, mean) + np.trace(np.linalg.solve(cov, spread))) / 2
+
+
+def replace(params, block, name, value):
+    return eqx.tree_at(lambda p: getattr(getattr(p, block), name), params, value)
+
+
+def slopes(function, value):
+    """Central differences of a function of one array, in units of the array's scale."""
+    value = np.asarray(value)
+    size = 1e-4 * max(1.0, np.abs(value).max())
+    flat = np.zeros(value.size)
+    for i in range(value.size):
+        step = np.zeros(value.size)
+        step[i] = size
+        step = step.reshape(value.shape)
+        flat[i] = (function(value + step) - function(value - step)) / (2 * size)
+    return flat
+
+
+@pytest.fixture(scope="module")
+def fits():
+    """System, one update and thirty, for every option; compiled once each."""
+    done = {}
+
+    def fit(name):
+        if name not in done:
+            system = helpers.random_system(3, **OPTIONS[name])
+            args, kwargs = system.data
+            one = issm.fit_em(system.params, *args, **kwargs, num_iters=1, tol=0.0)
+            done[name] = (system, one, lambda n: issm.fit_em(system.params, *args, **kwargs, num_iters=n, tol=0.0))
+        return done[name]
+
+    return fit
+
+
+@pytest.mark.parametrize("name", ["rows", "correlated", "time-varying"])
+def test_coefficients_maximise_given_the_covariances(fits, name):
+    system, one, _ = fits(name)
+    start = system.params
+    for block, fields in FIELDS.items():
+        updated = one.params
+        updated = replace(updated, block, "cov", getattr(start, block).cov)
+        before = expected_log_joint(start, system)
+        for field in fields[:-1]:
+            value = getattr(getattr(updated, block), field)
+            if isinstance(value, issm.TimeVarying) or value.size == 0:
+                continue
+            objective = lambda v: expected_log_joint(replace(updated, block, field, jnp.asarray(v)), system)  # noqa: B023, E731
+            assert np.abs(slopes(objective, value)).max() < 1e-5 * max(1.0, abs(before)), (block, field)
+
+
+def test_variances_maximise_given_the_coefficients(fits):
+    system, one, _ = fits("rows")
+    for block in FIELDS:
+        value = np.asarray(getattr(one.params, block).cov)
+        for i in range(len(value)):
+
+            def objective(log_variance, i=i, block=block, value=value):
+                changed = value.copy()
+                changed[i] = np.exp(log_variance)
+                return -expected_log_joint(replace(one.params, block, "cov", jnp.asarray(changed)), system)
+
+            if abs(objective(np.log(value[i]) + 1) - objective(np.log(value[i]))) < 1e-9:  # clamped in every trial
+                assert value[i] == getattr(system.params, block).cov[i]
+                continue
+            best = scipy.optimize.minimize_scalar(objective, (np.log(value[i]) - 1, np.log(value[i]) + 1), tol=1e-10)
+            np.testing.assert_allclose(np.exp(best.x), value[i], rtol=1e-4)
+
+
+def test_complete_correlated_covariances_maximise(fits):
+    system, one, _ = fits("correlated")
+    objective = lambda v: expected_log_joint(replace(one.params, "emissions", "cov", jnp.asarray(v)), system)  # noqa: E731
+    value = np.asarray(one.params.emissions.cov)
+    best, rng = objective(value), np.random.default_rng(0)
+    for _ in range(30):
+        direction = rng.normal(size=value.shape)
+        step = 1e-3 * value @ (direction + direction.T) @ value
+        assert objective(value + step) <= best + 1e-9 * abs(best)
+        assert objective(value - step) <= best + 1e-9 * abs(best)
+
+
+def test_covariance_step_under_differing_masks_raises_the_expectation(fits):
+    system, one, _ = fits("correlated")
+    for block in ("initial", "dynamics"):
+        old = replace(one.params, block, "cov", getattr(system.params, block).cov)
+        assert expected_log_joint(one.params, system) >= expected_log_joint(old, system) - 1e-9
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_never_goes_down(fits, name):
+    system, one, fit = fits(name)
+    args, kwargs = system.data
+    result = fit(25)
+    assert Code(int(result.code)) in (Code.MAX_ITERS, Code.CONVERGED), result.reason
+    assert (np.diff(result.log_probs) >= 0).all()
+    assert len(result.log_probs) == result.num_iters + 1
+    at_start = issm.marginal_log_prob(system.params, *args, **kwargs).sum()
+    at_end = issm.marginal_log_prob(result.params, *args, **kwargs).sum()
+    np.testing.assert_allclose(result.log_probs[0], at_start, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(result.log_probs[1], one.log_probs[1], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(result.log_probs[-1], at_end, rtol=1e-7, atol=1e-7)
+
+
+def test_traced_masks_give_the_same_fit(fits):
+    system, one, _ = fits("correlated")
+    args, kwargs = system.data
+    fit = jax.jit(lambda y, plan: issm.fit_em(system.params, y, args[1], interventions=plan, num_iters=1, tol=0.0))
+    traced = fit(args[0], kwargs["interventions"])
+    for a, b in zip(jax.tree.leaves(traced.params), jax.tree.leaves(one.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
