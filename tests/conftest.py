@@ -22,3 +22,10 @@ def getkey():
         return jax.random.key(seeds.randint(0, 2**31 - 1))
 
     return _getkey
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what tests have measured (`record_property`), from all workers."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")

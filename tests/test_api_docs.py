@@ -10,7 +10,8 @@ import pytest
 
 import issm
 
-PAGES = Path(__file__).parents[1] / "docs" / "api"
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs" / "api"
 SUBMODULES = ("simulate", "metrics", "plotting", "io", "compat")
 
 
@@ -72,6 +73,18 @@ def _fields(cls):
     ]
 
 
+def _bad_references(body):
+    """Cited works that the bibliography lacks, and pages or headings that do not exist."""
+    bibliography = (ROOT / "docs" / "references.md").read_text(encoding="utf-8").split("\n\n")
+    for author, year in re.findall(r"(?:^|[;.,(] |\s)([A-Z][^\s,;()]+)(?:[ ,]+[^;()]*?)? \((\d{4})\)", body):
+        if not any(entry.startswith(author) and f"({year})" in entry for entry in bibliography):
+            yield f"cites {author} ({year}), which docs/references.md lacks"
+    for page, _, heading in re.findall(r'`(docs/[\w./-]+\.md)`(, "([^"]+)")?', body):
+        text = (ROOT / page).read_text(encoding="utf-8") if (ROOT / page).exists() else ""
+        if not text or (heading and not re.search(rf"^#+ {re.escape(heading)}$", text, re.MULTILINE)):
+            yield f'refers to {page} "{heading}", which does not exist'
+
+
 def _faults(name, value, documented):
     if name not in documented:
         yield f"is on no page: add `::: {name}` under docs/api"
@@ -95,6 +108,7 @@ def _faults(name, value, documented):
     for title in required:
         if not (_section(doc, title) or "").strip():
             yield f"has no {title}"
+    yield from _bad_references(_section(doc, "References") or "")
     missing = [p for p in wanted if not re.search(rf"^\s*\*{{0,2}}{p}\b.*:", body, re.MULTILINE)]
     if missing:
         yield f"its {listed} leave out {', '.join(missing)}"
@@ -107,11 +121,7 @@ PUBLIC = _public_names()
 
 def test_reference_is_complete():
     documented = _documented_names()
-    faults = [
-        f"{name} {fault}"
-        for name, value in PUBLIC.items()
-        for fault in _faults(name, value, documented)
-    ]
+    faults = [f"{name} {fault}" for name, value in PUBLIC.items() for fault in _faults(name, value, documented)]
     faults += [f"{name} is documented but not public" for name in sorted(documented - set(PUBLIC))]
     assert not faults, f"{len(faults)} faults\n" + "\n".join(faults)
 
@@ -129,8 +139,16 @@ def test_example_runs(name):
     report = []
     for label, doc in docs.items():
         test = doctest.DocTestParser().get_doctest(doc, {}, label, None, 0)
-        runner = doctest.DocTestRunner(
-            optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False
-        )
+        runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
         runner.run(test, out=report.append)
     assert not report, "\n".join(report)
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))])
+def test_page_runs(page, tmp_path, monkeypatch):
+    """The Python blocks of a page run, one after the other."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), namespace)

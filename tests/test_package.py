@@ -28,19 +28,14 @@ print(json.dumps(dict(
 
 @pytest.fixture(scope="module")
 def imported():
-    out = subprocess.run(
-        [sys.executable, "-c", IMPORT_PROBE], check=True, capture_output=True, text=True
-    )
+    out = subprocess.run([sys.executable, "-c", IMPORT_PROBE], check=True, capture_output=True, text=True)
     return json.loads(out.stdout)
 
 
-def test_import_is_light(imported, capsys):
+def test_import_is_light(imported, record_property):
     assert imported["heavy"] == []
-    with capsys.disabled():
-        print(
-            f"\nimport: jax and equinox {imported['jax_and_equinox']:.2f} s, "
-            f"issm {imported['issm']:.2f} s more"
-        )
+    times = f"jax and equinox {imported['jax_and_equinox']:.2f} s, issm {imported['issm']:.2f} s more"
+    record_property("import time", times)
 
 
 def test_import_changes_no_jax_setting(imported):
@@ -49,12 +44,8 @@ def test_import_changes_no_jax_setting(imported):
 
 def test_no_machine_paths():
     """No tracked text file names a directory of somebody's machine."""
-    machine_path = re.compile(
-        r"(?<![\w./-])/(?:home|root|Users|work|opt|tmp|mnt|scratch)/\w|[A-Z]:\\Users"
-    )
-    tracked = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    machine_path = re.compile(r"(?<![\w./-])/(?:home|root|Users|work|opt|tmp|mnt|scratch)/\w|[A-Z]:\\Users")
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if tracked.returncode != 0:
         pytest.skip("not a git checkout")
     found = []
