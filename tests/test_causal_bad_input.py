@@ -81,8 +81,15 @@ CALLS = {
     "draws without an axis": (effect(parameters=PARAMS), "parameters", "leading axis"),
     "one draw": (effect(parameters=jax.tree.map(lambda leaf: leaf[:1], DRAWS)), "parameters", "1 draws"),
     "draws that are NaN": (effect(parameters=jax.tree.map(lambda leaf: leaf * jnp.nan, DRAWS)), "parameters", "NaN"),
+    "draws with a negative variance": (
+        effect(parameters=jax.tree.map(lambda leaf: -leaf, DRAWS)), "parameters.initial.cov", "smallest variance"),
     "a covariance of another model": (effect(parameters=np.eye(3)), "parameters", "(3, 3)"),
     "an indefinite covariance": (effect(parameters=-np.eye(NUM_PARAMETERS)), "parameters", "eigenvalue"),
+    "a counterfactual without a plan": (lambda: issm.counterfactual(PARAMS, Y, None), "plan", "NoneType"),
+    "a counterfactual plan longer than the trial": (lambda: issm.counterfactual(PARAMS, Y, PLAN), "plan", "(4, 2)"),
+    "a factual plan longer than the trial": (
+        lambda: issm.counterfactual(PARAMS, Y, PLAN, interventions=PLAN), "interventions", "(4, 2)"),
+    "a counterfactual of nothing": (lambda: issm.counterfactual(PARAMS, Y * np.nan, PLAN), "emissions", "NaN"),
     "an average over no trials": (effect(average_trials=True), "average_trials", "single sequence"),
 }  # fmt: skip
 

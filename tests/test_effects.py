@@ -84,7 +84,6 @@ def test_effects_are_differences_of_predictions():
     readout = np.array([[1.0, -1.0, 0.5]])
     for of, moments in [
         ("emissions", lambda prediction: prediction.emissions.mean),
-        ("states", lambda prediction: prediction.states.mean),
         (issm.Readout(readout), lambda prediction: prediction.emissions.mean @ readout.T),
         (issm.Readout(readout[:, :2], of="states"), lambda prediction: prediction.states.mean @ readout[:, :2].T),
     ]:
@@ -155,7 +154,7 @@ def test_draws_are_asked_one_by_one():
         np.testing.assert_allclose(got.sd**2, got.trial.sd**2 + got.parameter.sd**2, rtol=1e-9, atol=1e-12)
         for end, prob in ((got.parameter.lower, 0.025), (got.parameter.upper, 0.975)):
             np.testing.assert_allclose(end, np.quantile(means, prob, axis=0), rtol=1e-9, atol=1e-12)
-        for end, prob in ((got.lower, 0.025), (got.upper, 0.975)):
+        for end, prob in ((np.asarray(got.lower), 0.025), (np.asarray(got.upper), 0.975)):
             below = np.where(sds > 0, stats.norm.cdf((end - means) / np.where(sds > 0, sds, 1)), means <= end)
             random = (sds > 0).all(axis=0)
             np.testing.assert_allclose(below.mean(axis=0)[random], prob, atol=1e-5)
@@ -191,7 +190,7 @@ def test_a_covariance_of_zero_and_equal_draws_leave_trial_noise_alone():
 @pytest.mark.parametrize("level", [0.5, 0.9])
 @pytest.mark.parametrize("source", ["draws", "covariance"])
 def test_p_values_never_contradict_intervals(level, source):
-    drawn, cov = draws(0.3)
+    drawn, cov = draws(0.15)
     parameters = drawn if source == "draws" else cov
     estimate = issm.causal_effect(SYSTEM.params, PLAN, parameters=parameters, level=level, **QUESTION)
     for effect in each_effect(estimate):

@@ -1,5 +1,6 @@
 """Causal state-space modelling of dynamical systems under intervention, in JAX."""
 
+from issm.causal.counterfactual import counterfactual as counterfactual
 from issm.causal.effects import Effect as Effect
 from issm.causal.effects import EffectEstimate as EffectEstimate
 from issm.causal.effects import causal_effect as causal_effect

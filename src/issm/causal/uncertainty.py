@@ -9,9 +9,9 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from issm._check import as_float_array, check_covariance, check_finite, fail
+from issm._check import as_float_array, check_covariance, check_finite, check_variances, fail
 from issm._linalg import psd_cholesky
-from issm.models.lgssm import ParamsLGSSM
+from issm.models.lgssm import ParamsLGSSM, is_diagonal, values_of
 
 BISECTIONS = 24
 
@@ -98,6 +98,10 @@ def _checked_draws(params: ParamsLGSSM, draws: ParamsLGSSM) -> ParamsLGSSM:
     draws = jax.tree.map(lambda leaf, like: as_float_array("parameters", leaf, like.dtype), draws, params)
     for leaf in jax.tree.leaves(draws):
         check_finite("parameters", leaf)
+    for block in ("initial", "dynamics", "emissions"):
+        cov, positive = getattr(draws, block).cov, block == "emissions"
+        check = check_variances if is_diagonal(getattr(params, block).cov) else check_covariance
+        check(f"parameters.{block}.cov", values_of(cov), positive=positive)
     return draws
 
 
