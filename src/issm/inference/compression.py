@@ -52,6 +52,18 @@ def residuals(params: ParamsLGSSM, trials: Trials) -> Array:
     return trials.emissions - _offsets(params, trials.plan.inputs)
 
 
+def squared_residuals(params: ParamsLGSSM, trials: Trials, states: Array) -> Array:
+    r"""$\|R^{-1/2}(y_t - C x_t - D u_t - d)\|^2$ over the observed entries, `(num_trials, num_timesteps)`."""
+    shared_inputs = trials.plan.inputs.ndim == 2
+
+    def one(at: tuple) -> Array:  # trial by trial: no copy of Y
+        emissions, states, *own_inputs = at
+        inputs = trials.plan.inputs if shared_inputs else own_inputs[0]
+        return (whiten(params, emissions, inputs, may_miss=trials.may_miss).residuals(states) ** 2).sum(axis=-1)
+
+    return lax.map(one, (trials.emissions, states, *(() if shared_inputs else (trials.plan.inputs,))))
+
+
 def _offsets(params: ParamsLGSSM, inputs: Array) -> Array:
     """$D u_t + d$, `(num_trials or 1, num_timesteps, emission_dim)`."""
     if inputs.ndim == 2:

@@ -38,14 +38,8 @@ def dense_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
 
 
 def sequence_moments(transitions: Transitions, whitened: WhitenedEmissions) -> Moments:
-    """Filter and smooth one sequence; the result has no axis for trials or patterns.
-
-    The quadratic form of the log-likelihood is a sum of two squares, $\\|z - U m\\|^2 + q^\\top P^- q$ (residuals after the
-    update, and what the update cost), so that nothing cancels when the noise is small.
-    """
+    """Filter and smooth one sequence; the result has no axis for trials or patterns."""
     steps = run_filter(transitions, whitened.reduce())
-    residuals = whitened.residuals(steps.means)
-    cost = jnp.einsum("ti,tij,tj->t", steps.score, steps.predicted_covs, steps.score)
     backward = run_smoother(transitions, steps)
     return Moments(
         logliks=step_logliks(steps, whitened),
@@ -92,24 +86,6 @@ def step_logliks(steps: FilterPass, whitened: WhitenedEmissions) -> Array:
     residuals = whitened.residuals(steps.means)
     cost = jnp.einsum("ti,tij,tj->t", steps.score, steps.predicted_covs, steps.score)
     return whitened.log_norm - (steps.log_det + (residuals**2).sum(axis=1) + cost) / 2
-
-
-def run_filter(transitions: Transitions, observations: Rows | Potential) -> FilterPass:
-    """The recursion over one sequence."""
-    state_dim = transitions.shift.shape[-1]
-    update = _update_with_rows if isinstance(observations, Rows) else _update_with_potential
-
-    def step(carry: tuple[Array, Array], at: tuple) -> tuple[tuple[Array, Array], FilterPass]:
-        mean, cov = carry
-        transition, observation = at
-        predicted_mean = transition.weights @ mean + transition.shift
-        predicted_cov = symmetrize(transition.weights @ cov @ transition.weights.T + transition.cov)
-        done = update(predicted_mean, predicted_cov, observation)
-        return (done.means, done.covs), done
-
-    start = (jnp.zeros(state_dim, transitions.shift.dtype), jnp.zeros((state_dim, state_dim), transitions.shift.dtype))
-    _, steps = lax.scan(step, start, (transitions, observations))
-    return steps
 
 
 class BackwardPass(eqx.Module):

@@ -31,8 +31,13 @@ def transpose(matrix: Array) -> Array:
 
 
 def symmetrize(matrix: Array) -> Array:
-    """The symmetric parts."""
-    return (matrix + transpose(matrix)) / 2
+    """Symmetric to the last bit: the lower triangle, mirrored.
+
+    A mean of both triangles is not, once XLA has fused it with products.
+    """
+    rows = jnp.arange(matrix.shape[-2])
+    lower = rows[:, None] >= rows[None]
+    return jnp.where(lower.reshape(*(1,) * (matrix.ndim - 3), *lower.shape, 1), matrix, transpose(matrix))
 
 
 def identity(dim: int, dtype: object) -> Array:
@@ -61,6 +66,12 @@ def cholesky(matrix: Array) -> Array:
 def solve_lower(factor: Array, vector: Array) -> Array:
     """Solve L x = b for vectors; a zero pivot, whose row of b is zero but for rounding, gives a zero."""
     return solve_lower_matrix(factor, vector[..., None, :])[..., 0, :]
+
+
+def solve_lower_transposed_matrix(factor: Array, matrix: Array) -> Array:
+    r"""Solve $L^\top X = B$ for matrices: the same with both axes of L, and the rows of B, reversed."""
+    reversed_factor = transpose(factor)[..., ::-1, ::-1, :]
+    return solve_lower_matrix(reversed_factor, matrix[..., ::-1, :, :])[..., ::-1, :, :]
 
 
 def solve_lower_matrix(factor: Array, matrix: Array) -> Array:

@@ -17,13 +17,13 @@ class Moments(eqx.Module):
         smoothed_cross_covs: $Cov[x_t, x_{t+1} \mid y]$.
     """
 
-    logliks: Float[Array, "num_trials num_timesteps"]
-    filtered_means: Float[Array, "num_trials num_timesteps state_dim"]
-    filtered_covs: Float[Array, "num_patterns num_timesteps state_dim state_dim"]
-    predicted_means: Float[Array, "num_trials num_timesteps state_dim"]
-    predicted_covs: Float[Array, "num_patterns num_timesteps state_dim state_dim"]
-    adjoints: Float[Array, "num_trials num_timesteps state_dim"]
-    informations: Float[Array, "num_patterns num_timesteps state_dim state_dim"]
-    smoothed_means: Float[Array, "num_trials num_timesteps state_dim"]
-    smoothed_covs: Float[Array, "num_patterns num_timesteps state_dim state_dim"]
-    smoothed_cross_covs: Float[Array, "num_patterns num_timesteps_minus_1 state_dim state_dim"]
+    logliks: Float[Array, "*trials num_timesteps"]
+    filtered_means: Float[Array, "*trials num_timesteps state_dim"]
+    filtered_covs: Float[Array, "*patterns num_timesteps state_dim state_dim"]
+    predicted_means: Float[Array, "*trials num_timesteps state_dim"]
+    predicted_covs: Float[Array, "*patterns num_timesteps state_dim state_dim"]
+    adjoints: Float[Array, "*trials num_timesteps state_dim"]
+    informations: Float[Array, "*patterns num_timesteps state_dim state_dim"]
+    smoothed_means: Float[Array, "*trials num_timesteps state_dim"]
+    smoothed_covs: Float[Array, "*patterns num_timesteps state_dim state_dim"]
+    smoothed_cross_covs: Float[Array, "*patterns num_timesteps_minus_1 state_dim state_dim"]

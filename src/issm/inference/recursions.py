@@ -12,11 +12,14 @@ from jax import lax
 from jaxtyping import Array
 
 from issm.inference import lanes
-from issm.inference.compression import Compressed, compress
+from issm.inference.compression import Compressed, compress, squared_residuals
 from issm.inference.moments import Moments
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.transitions import Transitions, lgssm_transitions
 from issm.models.trials import Plan, Trials
+
+LEFTOVER_ACCURACY = 1e-11
+"""Relative rounding error above which the cheap form of the leftover is not used."""
 
 
 def small_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
@@ -25,10 +28,10 @@ def small_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     by_pattern = _transitions(params, trials.of_patterns().plan)
     shifts = _to_lanes(_transitions(params, trials.plan).shift)
     weights, covs = _to_lanes(by_pattern.weights), _to_lanes(by_pattern.cov)
-    num_lanes = trials.num_patterns
 
-    predicted_covs, filtered_covs = _filter_covariances(weights, covs, observations.weights, num_lanes)
+    predicted_covs = _predicted_covariances(weights, covs, observations.weights, trials.num_patterns)
     gains = _Gains.of(predicted_covs, observations.weights)
+    filtered_covs = gains.filtered_covariances(predicted_covs)
     retained_weights = lanes.matmul(gains.retained, weights)  # V_t A_t
 
     each = lambda by_pattern: trials.spread(by_pattern, axis=-1) if trials.pattern is not None else by_pattern  # noqa: E731
@@ -71,12 +74,12 @@ def small_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     )
 
 
-def _filter_covariances(weights: Array, covs: Array, rows: Array, num_lanes: int) -> tuple[Array, Array]:
-    """Predicted and filtered covariances; rows of unit noise are taken in one by one, in Joseph's form."""
+def _predicted_covariances(weights: Array, covs: Array, rows: Array, num_lanes: int) -> Array:
+    """The one recursion of the covariances; rows of unit noise are taken in one by one, in Joseph's form."""
     num_timesteps, state_dim = weights.shape[:2]
     constant = rows.shape[0] == 1
 
-    def step(cov: Array, at: tuple) -> tuple[Array, tuple[Array, Array]]:
+    def step(cov: Array, at: tuple) -> tuple[Array, Array]:
         weights, noise, *varying = at
         rows_here = rows[0] if constant else varying[0]
         predicted = lanes.matmul(lanes.matmul(weights, cov), lanes.transpose(weights)) + noise
@@ -87,8 +90,7 @@ def _filter_covariances(weights: Array, covs: Array, rows: Array, num_lanes: int
             gain = cov_row / (1 + (row * cov_row).sum(axis=0))[None]
             kept = cov - gain[:, None] * cov_row[None]
             cov = kept + (gain - lanes.matvec(kept, row))[:, None] * gain[None]
-        cov = lanes.symmetrize(cov)
-        return cov, (predicted, cov)
+        return lanes.symmetrize(cov), predicted
 
     start = jnp.zeros((state_dim, state_dim, num_lanes), weights.dtype)
     varying = () if constant else (rows,)
@@ -121,6 +123,12 @@ class _Gains(eqx.Module):
         retained = lanes.identity(rows.shape[2], rows.dtype)[None] - lanes.matmul(lanes.transpose(gains), weights)
         return _Gains(factor, weights, gains, retained, lanes.matmul(lanes.transpose(weights), weights))
 
+    def filtered_covariances(self, predicted_covs: Array) -> Array:
+        r"""Joseph's form $V P^- V^\top + K K^\top$, $K^\top = L^{-\top} L^{-1} H P^-$, which keeps its digits however small the noise."""
+        gain = lanes.solve_lower_transposed_matrix(self.factor, self.gains)
+        kept = lanes.matmul(lanes.matmul(self.retained, predicted_covs), lanes.transpose(self.retained))
+        return lanes.symmetrize(kept + lanes.matmul(lanes.transpose(gain), gain))
+
 
 def _recursion(matrices: Array, drive: Array, pattern: Array | None, reverse: bool = False) -> Array:
     """The vectors x_t = W_t x_{t-1} + b_t, forwards or backwards, from zero."""
@@ -147,9 +155,24 @@ def _informations(propagated: Array, information: Array) -> Array:
 
 
 def _leftover(params: ParamsLGSSM, trials: Trials, observations: Compressed, filtered_means: Array) -> Array:
-    r"""$\|R^{-1/2}(y - \ldots)\|^2 - \|z\|^2$, the part of the squared emissions that no state can change."""
-    assert observations.squares is not None
-    return observations.squares - (observations.values**2).sum(axis=-2).T
+    r"""$\|R^{-1/2}(y - \ldots)\|^2 - \|z\|^2$, the part of the squared emissions that no state can change.
+
+    The same number comes from the residuals of any states, $\|z_y - U x\|^2 - \|z - H x\|^2$. Where the squares are so much
+    larger than what is left that their difference would lose digits, the filtered means are those states, at the price
+    of another pass over Y.
+    """
+    squares, values = observations.squares, observations.values
+    assert squares is not None
+    difference = squares - (values**2).sum(axis=-2).T
+
+    def from_residuals() -> Array:
+        left = values - lanes.matvec(trials.spread(observations.weights, axis=-1), filtered_means)
+        residual_squares = squared_residuals(params, trials, _from_lanes(filtered_means))
+        return residual_squares - (left**2).sum(axis=-2).T
+
+    epsilon = jnp.finfo(values.dtype).eps
+    loses_digits = epsilon * squares.sum() > max(LEFTOVER_ACCURACY, 8 * epsilon) * jnp.abs(difference).sum()
+    return lax.cond(loses_digits, from_residuals, lambda: difference)
 
 
 def _diagonal(matrices: Array) -> Array:

@@ -28,10 +28,7 @@ class Plan(eqx.Module):
     @property
     def axes(self) -> "Plan":
         """`in_axes` for `jax.vmap` over trials."""
-        return Plan(
-            inputs=0 if self.inputs.ndim == 3 else None,  # type: ignore[arg-type]
-            intervention=jax.tree.map(lambda leaf: 0 if leaf.ndim == 3 else None, self.intervention),
-        )
+        return jax.tree.map(lambda leaf: 0 if leaf.ndim == 3 else None, self)
 
 
 class Trials(eqx.Module):
