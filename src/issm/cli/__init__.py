@@ -57,6 +57,7 @@ def _run(config_path: Path, options: argparse.Namespace) -> int:
         import jax
 
         from issm.cli import figures, report
+        from issm.cli import numbers as keep
         from issm.cli import run as runner
         from issm.cli.config import ConfigError, read_config
     except ImportError as error:
@@ -65,7 +66,7 @@ def _run(config_path: Path, options: argparse.Namespace) -> int:
     started, progress, directory = time.perf_counter(), not options.quiet, options.output
     try:
         config = read_config(config_path)
-        digest = runner.fingerprint(config, config_path.parent)
+        digest = keep.fingerprint(config, config_path.parent)
         finished = None if options.force else _finished(directory, digest)
         if finished is not None:
             print(f"{finished['title']}\n\n{report.as_text(report.make_tables(finished))}\n")
@@ -74,8 +75,8 @@ def _run(config_path: Path, options: argparse.Namespace) -> int:
         _make_directory(directory)
         with jax.enable_x64(True):
             result = runner.execute(config, config_path.parent, progress=progress)
-            numbers = runner.report_numbers(result, digest)
-            models = runner.write_models(result, directory)
+            numbers = keep.report_numbers(result, digest)
+            models = keep.write_models(result, directory)
             pictures = figures.make_pictures(result)
             drawn = figures.write_pictures(pictures, directory / "figures")
     except ConfigError as error:
@@ -83,9 +84,9 @@ def _run(config_path: Path, options: argparse.Namespace) -> int:
         return 2
     numbers["files"] = [*models, *(f"figures/{name}" for name in drawn), "report.html"]
     numbers["seconds"] = round(time.perf_counter() - started, 3)
-    numbers = json.loads(runner.as_json(numbers))
-    runner.write_text(directory / "report.html", report.as_html(result, numbers, pictures, directory / "figures"))
-    runner.write_text(directory / "metrics.json", runner.as_json(numbers))  # last: it marks a run that is complete
+    numbers = json.loads(keep.as_json(numbers))
+    keep.write_text(directory / "report.html", report.as_html(result, numbers, pictures, directory / "figures"))
+    keep.write_text(directory / "metrics.json", keep.as_json(numbers))  # last: it marks a run that is complete
     print(f"{config.title}\n\n{report.as_text(report.make_tables(numbers))}\n")
     print(f"{numbers['seconds']:.0f} s. Written to {directory}: {', '.join([*numbers['files'], 'metrics.json'])}")
     return 0

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from issm.cli.figures import Picture
-from issm.cli.run import Result, decimals_of
+from issm.cli.numbers import decimals_of
+from issm.cli.run import Result
 
 
 @dataclass
