@@ -1,18 +1,31 @@
 """Which kernel runs: the methods of the filter and the smoother, and the rule behind "auto"."""
 
-import jax
+from functools import partial
 
-from issm._check import fail
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool
+
+from issm._check import fail, is_concrete
 from issm.inference.dense import dense_moments
 from issm.inference.moments import Moments
+from issm.inference.parallel import parallel_moments
 from issm.inference.recursions import small_moments
-from issm.models.lgssm import ParamsLGSSM
+from issm.inference.sqrt import sqrt_moments
+from issm.models.lgssm import ParamsLGSSM, is_diagonal, values_of
 from issm.models.trials import Trials
 
-METHODS = ("auto", "sequential")
+METHODS = ("auto", "sequential", "parallel", "sqrt")
 
 LARGEST_UNROLLED_STATE_DIM = 16
 """Above this many states, unrolled products lose to LAPACK and take long to compile."""
+
+SHORTEST_PARALLEL = 128
+"""Steps from which "auto" scans in parallel on an accelerator; a guess from the depth of the scans, not yet measured on one."""
+
+SINGLE_PRECISION_STRESS = 3e-4
+"""Rounding error, relative to the emission noise, above which "auto" takes square roots in single precision."""
 
 
 def check_method(method: str) -> None:
@@ -26,20 +39,87 @@ def check_method(method: str) -> None:
         )
 
 
+def choose_method(method: str, params: ParamsLGSSM, trials: Trials) -> str:
+    """What "auto" stands for; any other method stands for itself.
+
+    In single precision, "sqrt" where `is_stressed`: where a prior or process variance is so large against the emission
+    noise that a covariance in single precision has no digits left. Otherwise "parallel" for at least `SHORTEST_PARALLEL` steps
+    on a GPU or TPU, and "sequential" anywhere else: on a CPU the scan in parallel does several times the work for nothing.
+
+    While JAX traces the parameters (inside the caller's own `jit`, `grad` or `vmap`, or in an iteration of EM) single precision
+    stays "auto": both kernels are compiled and the values decide at run time which one runs. Under `vmap` over parameters both
+    run; give the method by name there.
+    """
+    if method != "auto":
+        return method
+    if params.initial.mean.dtype == jnp.float32:
+        stressed = is_stressed(params)
+        if not is_concrete(stressed):
+            return "auto"
+        if stressed:
+            return "sqrt"
+    return _plain_method(trials)
+
+
+@jax.jit
+def is_stressed(params: ParamsLGSSM) -> Bool[Array, ""]:
+    r"""Whether $\epsilon \cdot \max(S_{ii}, Q_{ii}) \cdot \max_i (C^\top R^{-1} C)_{ii}$ is above `SINGLE_PRECISION_STRESS`.
+
+    The product is the largest $P^- J$ that an update may see: so many times does rounding enter its innovation covariance.
+    """
+    largest = lambda cov: jnp.max(values_of(cov) if is_diagonal(cov) else _diagonals(values_of(cov)))  # noqa: E731
+    variance = jnp.maximum(largest(params.initial.cov), largest(params.dynamics.cov))
+    weights, cov = values_of(params.emissions.weights), values_of(params.emissions.cov)
+    if is_diagonal(params.emissions.cov):
+        weights, cov = _aligned(weights, cov[..., None])
+        information = (weights**2 / cov).sum(axis=-2).max()
+    else:
+        weights, factor = _aligned(weights, jnp.linalg.cholesky(cov))
+        whitened = jax.scipy.linalg.solve_triangular(factor, weights, lower=True)
+        information = (whitened**2).sum(axis=-2).max()
+    return jnp.finfo(cov.dtype).eps * variance * information > SINGLE_PRECISION_STRESS
+
+
 def filter_and_smooth(params: ParamsLGSSM, trials: Trials, method: str) -> Moments:
     """The moments of all trials by the method asked for; under `jit`, what is not used is not computed."""
-    return sequential_moments(params, trials)
+    with jax.default_matmul_precision("highest"):  # an accelerator would round single precision to fewer digits
+        return moments_by_method(params, trials, choose_method(method, params, trials))
 
 
-@jax.custom_jvp
-def sequential_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
-    """A scan over time. Derivatives of any order are those of the plain form, which is smooth everywhere."""
-    if params.state_dim <= LARGEST_UNROLLED_STATE_DIM:
-        return small_moments(params, trials)
-    return dense_moments(params, trials)
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def moments_by_method(params: ParamsLGSSM, trials: Trials, method: str) -> Moments:
+    """The moments of all trials. Derivatives of any order are those of the plain form, which is smooth everywhere."""
+    if method == "auto":
+        kernels = [partial(_run, method=choice) for choice in (_plain_method(trials), "sqrt")]
+        return lax.cond(is_stressed(params), kernels[1], kernels[0], params, trials)
+    return _run(params, trials, method)
 
 
-@sequential_moments.defjvp
-def _sequential_moments_jvp(primals: tuple, tangents: tuple) -> tuple[Moments, Moments]:
+@moments_by_method.defjvp
+def _moments_by_method_jvp(method: str, primals: tuple, tangents: tuple) -> tuple[Moments, Moments]:
     _, tangent = jax.jvp(dense_moments, primals, tangents)
-    return sequential_moments(*primals), tangent
+    return moments_by_method(*primals, method), tangent
+
+
+def _run(params: ParamsLGSSM, trials: Trials, method: str) -> Moments:
+    if method == "parallel":
+        return parallel_moments(params, trials)
+    if method == "sqrt":
+        return sqrt_moments(params, trials)
+    small = params.state_dim <= LARGEST_UNROLLED_STATE_DIM
+    return small_moments(params, trials) if small else dense_moments(params, trials)
+
+
+def _plain_method(trials: Trials) -> str:
+    on_accelerator = jax.default_backend() != "cpu"
+    return "parallel" if on_accelerator and trials.emissions.shape[1] >= SHORTEST_PARALLEL else "sequential"
+
+
+def _diagonals(matrices: Array) -> Array:
+    return jnp.diagonal(matrices, axis1=-2, axis2=-1)
+
+
+def _aligned(left: Array, right: Array) -> tuple[Array, Array]:
+    """The same leading axes for both."""
+    batch = jnp.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    return jnp.broadcast_to(left, (*batch, *left.shape[-2:])), jnp.broadcast_to(right, (*batch, *right.shape[-2:]))

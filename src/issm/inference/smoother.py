@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
-from issm.inference.methods import check_method, filter_and_smooth
+from issm.inference.methods import check_method, choose_method, filter_and_smooth
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.trials import Trials, as_trials
@@ -68,7 +68,8 @@ def lgssm_smoother(
         emissions: $y_t$, `(num_timesteps, emission_dim)` or `(num_trials, num_timesteps, emission_dim)`; NaN is missing.
         inputs: Soft inputs $u_t$, `(num_timesteps, input_dim)`, or one such array for each trial.
         interventions: Clamps, shared or one for each trial. None: no clamps.
-        method: "sequential" (a scan over time) or "auto", which chooses.
+        method: "sequential" (a scan over time), "parallel" (scans of logarithmic depth, for accelerators), "sqrt" (square roots
+            in place of covariances, exact in single precision where noise is tiny or a prior wide), or "auto", which chooses.
 
     Returns:
         Filtered and smoothed moments, with the leading axes of `emissions`.
@@ -88,7 +89,8 @@ def lgssm_smoother(
         ([2.0], [[0.0]])
     """
     check_method(method)
-    return _smoother(params, as_trials(params, emissions, inputs, interventions), method)
+    trials = as_trials(params, emissions, inputs, interventions)
+    return _smoother(params, trials, choose_method(method, params, trials))
 
 
 @jax.jit(static_argnames="method")
