@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from issm.inference import lanes
 from issm.inference.observations import whiten
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, is_diagonal
+from issm.models.lgssm import ParamsLGSSM, TimeVarying, is_diagonal, values_of
 from issm.models.transitions import emission_offsets
 from issm.models.trials import Trials
 
@@ -73,15 +73,16 @@ def _offsets(params: ParamsLGSSM, inputs: Array) -> Array:
 
 def _compress_complete(params: ParamsLGSSM, trials: Trials) -> Compressed:
     """Constant emissions, nothing missing: one QR, one product with Y."""
-    emission_dim, state_dim = params.emissions.weights.shape
+    weights, cov = values_of(params.emissions.weights), values_of(params.emissions.cov)
+    emission_dim, state_dim = weights.shape
     if is_diagonal(params.emissions.cov):
-        whitener = jnp.diag(1 / jnp.sqrt(params.emissions.cov))
-        log_det = jnp.log(params.emissions.cov).sum()
+        whitener = jnp.diag(1 / jnp.sqrt(cov))
+        log_det = jnp.log(cov).sum()
     else:
-        factor = jnp.linalg.cholesky(params.emissions.cov)
+        factor = jnp.linalg.cholesky(cov)
         whitener = jax.scipy.linalg.solve_triangular(factor, jnp.eye(emission_dim, dtype=factor.dtype), lower=True)
         log_det = 2 * jnp.log(jnp.diagonal(factor)).sum()
-    rows = whitener @ params.emissions.weights
+    rows = whitener @ weights
     log_norm = -(emission_dim * jnp.log(2 * jnp.pi).astype(log_det.dtype) + log_det) / 2
     log_norm = jnp.broadcast_to(log_norm, (1, trials.emissions.shape[1]))
     projection, squares = whitener.T, None
@@ -114,12 +115,13 @@ def _squared_norms(params: ParamsLGSSM, trials: Trials, whitener: Array) -> Arra
 
 def _compress_diagonal(params: ParamsLGSSM, trials: Trials) -> Compressed:
     """Missing entries with diagonal R: the products with C run over all steps of all trials at once."""
-    emission_dim, state_dim = params.emissions.weights.shape
+    weights, cov = values_of(params.emissions.weights), values_of(params.emissions.cov)
+    emission_dim, state_dim = weights.shape
     observed = ~jnp.isnan(trials.emissions)
-    scale = 1 / jnp.sqrt(params.emissions.cov)
-    weights = params.emissions.weights * scale[:, None]
+    scale = 1 / jnp.sqrt(cov)
+    weights = weights * scale[:, None]
     whitened = jnp.where(observed, residuals(params, trials) * scale[None, None], 0.0)
-    counts = jnp.log(2 * jnp.pi * params.emissions.cov)
+    counts = jnp.log(2 * jnp.pi * cov)
     log_norm = -(observed.astype(scale.dtype) @ counts) / 2
     observed_of_patterns = observed[trials.representatives]
     if emission_dim <= state_dim:
@@ -137,7 +139,7 @@ def _compress_general(params: ParamsLGSSM, trials: Trials) -> Compressed:
     plan = trials.plan
     one = jax.vmap(lambda y, u: whiten(params, y, u, may_miss=trials.may_miss), in_axes=(0, plan.axes.inputs))
     whitened = one(trials.emissions, plan.inputs)
-    weights = whitened.weights.values if isinstance(whitened.weights, TimeVarying) else whitened.weights[:, None]
+    weights = values_of(whitened.weights)  # with a time axis: missing entries and varying fields both give one
     weights_of_patterns = weights[trials.representatives]
     if params.emission_dim <= params.state_dim:
         rows, values = jnp.transpose(weights_of_patterns, (1, 2, 3, 0)), jnp.transpose(whitened.values, (1, 2, 0))

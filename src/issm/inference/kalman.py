@@ -62,7 +62,7 @@ def lgssm_filter(
             in $x_t$ and on $y_t$.
         interventions: Clamps, shared or one for each trial. None: no clamps.
         method: "sequential" (a scan over time), "parallel" (scans of logarithmic depth, for accelerators), "sqrt" (square roots
-            in place of covariances, exact in single precision where noise is tiny or a prior wide), or "auto", which chooses.
+            in place of covariances, exact where noise is tiny or a prior wide, and in single precision), or "auto", which chooses.
 
     Returns:
         Filtered and predicted moments, and the log-likelihood with its terms, with the leading axes of `emissions`.
@@ -112,7 +112,8 @@ def marginal_log_prob(
         >>> round(float(issm.marginal_log_prob(level, np.zeros((1, 1)))), 4)  # y_0 ~ N(0, 2)
         -1.2655
     """
-    return _marginal_log_prob(params, as_trials(params, emissions, inputs, interventions))
+    trials = as_trials(params, emissions, inputs, interventions)
+    return _marginal_log_prob(params, trials, choose_method("auto", params, trials))
 
 
 @jax.jit(static_argnames="method")
@@ -130,6 +131,6 @@ def _filter(params: ParamsLGSSM, trials: Trials, method: str) -> PosteriorGSSMFi
     )
 
 
-@jax.jit
-def _marginal_log_prob(params: ParamsLGSSM, trials: Trials) -> Float[Array, "*trials"]:
-    return trials.like_user(log_likelihoods(params, trials))
+@jax.jit(static_argnames="method")
+def _marginal_log_prob(params: ParamsLGSSM, trials: Trials, method: str) -> Float[Array, "*trials"]:
+    return trials.like_user(log_likelihoods(params, trials, method))

@@ -6,6 +6,8 @@ lanes: for a handful of states this is many times faster than a batch of calls i
 without leaving it.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -40,7 +42,7 @@ def symmetrize(matrix: Array) -> Array:
     return jnp.where(lower.reshape(*(1,) * (matrix.ndim - 3), *lower.shape, 1), matrix, transpose(matrix))
 
 
-def identity(dim: int, dtype: object) -> Array:
+def identity(dim: int, dtype: Any) -> Array:
     """The identity matrix as one lane."""
     return jnp.eye(dim, dtype=dtype)[:, :, None]
 

@@ -12,6 +12,7 @@ The rule is a linear map of tangents: it serves forward mode, and by transpositi
 differentiate the smoother.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from issm.inference.methods import filter_and_smooth
+from issm.inference.methods import choose_method, filter_and_smooth
 from issm.inference.moments import Moments
 from issm.inference.observations import whiten
 from issm.models.lgssm import ParamsLGSSM, TimeVarying, apply_weights, is_diagonal, values_of
@@ -29,22 +30,26 @@ from issm.models.transitions import emission_offsets, free_transitions
 from issm.models.trials import Trials
 
 
-@jax.custom_jvp
-def log_likelihoods(params: ParamsLGSSM, trials: Trials) -> Float[Array, " num_trials"]:
+def log_likelihoods(params: ParamsLGSSM, trials: Trials, method: str = "auto") -> Float[Array, " num_trials"]:
     """The marginal log-likelihood of every trial."""
-    return filter_and_smooth(params, trials, "auto").logliks.sum(axis=1)
+    return _log_likelihoods(params, trials, choose_method(method, params, trials))
 
 
-def _log_likelihoods_jvp(primals: tuple[ParamsLGSSM, Trials], tangents: tuple) -> tuple[Array, Array]:
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _log_likelihoods(params: ParamsLGSSM, trials: Trials, method: str) -> Float[Array, " num_trials"]:
+    return filter_and_smooth(params, trials, method).logliks.sum(axis=1)
+
+
+def _log_likelihoods_jvp(method: str, primals: tuple[ParamsLGSSM, Trials], tangents: tuple) -> tuple[Array, Array]:
     params, trials = primals
-    moments = filter_and_smooth(params, trials, "auto")
+    moments = filter_and_smooth(params, trials, method)
     tangent = _transition_tangent(params, trials, moments, tangents) + _emission_tangent(
         params, trials, moments, tangents
     )
     return moments.logliks.sum(axis=1), tangent
 
 
-log_likelihoods.defjvp(_log_likelihoods_jvp, symbolic_zeros=True)
+_log_likelihoods.defjvp(_log_likelihoods_jvp, symbolic_zeros=True)
 
 
 def _transition_tangent(params: ParamsLGSSM, trials: Trials, moments: Moments, tangents: tuple) -> Array:

@@ -24,8 +24,11 @@ LARGEST_UNROLLED_STATE_DIM = 16
 SHORTEST_PARALLEL = 128
 """Steps from which "auto" scans in parallel on an accelerator; a guess from the depth of the scans, not yet measured on one."""
 
-SINGLE_PRECISION_STRESS = 3e-4
-"""Rounding error, relative to the emission noise, above which "auto" takes square roots in single precision."""
+LARGEST_STRESS = {"float32": 3e-4, "float64": 1e-10}
+"""Rounding error, relative to the emission noise, above which "auto" takes square roots."""
+
+FEWEST_UNROLLED_STEPS = 1000
+"""Below this many steps, over all trials, the unrolled kernel gains less time than its compilation costs."""
 
 
 def check_method(method: str) -> None:
@@ -42,28 +45,26 @@ def check_method(method: str) -> None:
 def choose_method(method: str, params: ParamsLGSSM, trials: Trials) -> str:
     """What "auto" stands for; any other method stands for itself.
 
-    In single precision, "sqrt" where `is_stressed`: where a prior or process variance is so large against the emission
-    noise that a covariance in single precision has no digits left. Otherwise "parallel" for at least `SHORTEST_PARALLEL` steps
-    on a GPU or TPU, and "sequential" anywhere else: on a CPU the scan in parallel does several times the work for nothing.
+    "sqrt" where `is_stressed`: where a prior or process variance is so large against the emission noise that a covariance
+    would lose the digits that the result is made of (an almost diffuse prior, an almost exact observation). Otherwise "parallel"
+    for at least `SHORTEST_PARALLEL` steps on a GPU or TPU, and "sequential" anywhere else: on a CPU the scan in parallel
+    does several times the work for nothing.
 
-    While JAX traces the parameters (inside the caller's own `jit`, `grad` or `vmap`, or in an iteration of EM) single precision
-    stays "auto": both kernels are compiled and the values decide at run time which one runs. Under `vmap` over parameters both
-    run; give the method by name there.
+    While JAX traces the parameters (inside the caller's own `jit`, `grad` or `vmap`, or in an iteration of EM) nothing can be
+    looked at. Double precision then takes the plain kernel. Single precision stays "auto": both kernels are compiled and
+    the values decide at run time which one runs. Under `vmap` over parameters both run; give the method by name there.
     """
     if method != "auto":
         return method
-    if params.initial.mean.dtype == jnp.float32:
-        stressed = is_stressed(params)
-        if not is_concrete(stressed):
-            return "auto"
-        if stressed:
-            return "sqrt"
-    return _plain_method(trials)
+    stressed = is_stressed(params)
+    if is_concrete(stressed):
+        return "sqrt" if stressed else _plain_method(trials)
+    return "auto" if params.initial.mean.dtype == jnp.float32 else _plain_method(trials)
 
 
 @jax.jit
 def is_stressed(params: ParamsLGSSM) -> Bool[Array, ""]:
-    r"""Whether $\epsilon \cdot \max(S_{ii}, Q_{ii}) \cdot \max_i (C^\top R^{-1} C)_{ii}$ is above `SINGLE_PRECISION_STRESS`.
+    r"""Whether $\epsilon \cdot \max(S_{ii}, Q_{ii}) \cdot \max_i (C^\top R^{-1} C)_{ii}$ is above `LARGEST_STRESS`.
 
     The product is the largest $P^- J$ that an update may see: so many times does rounding enter its innovation covariance.
     """
@@ -77,7 +78,7 @@ def is_stressed(params: ParamsLGSSM) -> Bool[Array, ""]:
         weights, factor = _aligned(weights, jnp.linalg.cholesky(cov))
         whitened = jax.scipy.linalg.solve_triangular(factor, weights, lower=True)
         information = (whitened**2).sum(axis=-2).max()
-    return jnp.finfo(cov.dtype).eps * variance * information > SINGLE_PRECISION_STRESS
+    return jnp.finfo(cov.dtype).eps * variance * information > LARGEST_STRESS[cov.dtype.name]
 
 
 def filter_and_smooth(params: ParamsLGSSM, trials: Trials, method: str) -> Moments:
@@ -106,7 +107,8 @@ def _run(params: ParamsLGSSM, trials: Trials, method: str) -> Moments:
         return parallel_moments(params, trials)
     if method == "sqrt":
         return sqrt_moments(params, trials)
-    small = params.state_dim <= LARGEST_UNROLLED_STATE_DIM
+    num_steps = trials.num_trials * trials.emissions.shape[1]
+    small = params.state_dim <= LARGEST_UNROLLED_STATE_DIM and num_steps >= FEWEST_UNROLLED_STEPS
     return small_moments(params, trials) if small else dense_moments(params, trials)
 
 

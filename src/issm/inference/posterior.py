@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from issm._check import check_key, fail
 from issm._types import PRNGKey
-from issm.inference.methods import filter_and_smooth
+from issm.inference.methods import choose_method, filter_and_smooth
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.sampling import sample_sequence
@@ -62,12 +62,13 @@ def posterior_sample(
             expected="an integer of at least 1",
             remedy="Give the number of draws.",
         )
-    return _posterior_sample(key, params, as_trials(params, emissions, inputs, interventions), num_samples)
+    trials = as_trials(params, emissions, inputs, interventions)
+    return _posterior_sample(key, params, trials, num_samples, choose_method("auto", params, trials))
 
 
-@jax.jit(static_argnames="num_samples")
-def _posterior_sample(key: PRNGKey, params: ParamsLGSSM, trials: Trials, num_samples: int) -> Array:
-    means = filter_and_smooth(params, trials, "auto").smoothed_means
+@jax.jit(static_argnames=("num_samples", "method"))
+def _posterior_sample(key: PRNGKey, params: ParamsLGSSM, trials: Trials, num_samples: int, method: str) -> Array:
+    means = filter_and_smooth(params, trials, method).smoothed_means
     axes = trials.plan.axes
     draw = jax.vmap(sample_sequence, in_axes=(0, None, axes.inputs, axes.intervention))
 
@@ -77,7 +78,7 @@ def _posterior_sample(key: PRNGKey, params: ParamsLGSSM, trials: Trials, num_sam
         )
         emissions = jnp.where(jnp.isnan(trials.emissions), jnp.nan, emissions) if trials.may_miss else emissions
         drawn = eqx.tree_at(lambda t: t.emissions, trials, emissions)
-        return states + means - filter_and_smooth(params, drawn, "auto").smoothed_means
+        return states + means - filter_and_smooth(params, drawn, method).smoothed_means
 
     draws = jax.vmap(one, out_axes=1)(jax.random.split(key, num_samples))
     return trials.like_user(draws)

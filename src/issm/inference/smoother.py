@@ -69,7 +69,7 @@ def lgssm_smoother(
         inputs: Soft inputs $u_t$, `(num_timesteps, input_dim)`, or one such array for each trial.
         interventions: Clamps, shared or one for each trial. None: no clamps.
         method: "sequential" (a scan over time), "parallel" (scans of logarithmic depth, for accelerators), "sqrt" (square roots
-            in place of covariances, exact in single precision where noise is tiny or a prior wide), or "auto", which chooses.
+            in place of covariances, exact where noise is tiny or a prior wide, and in single precision), or "auto", which chooses.
 
     Returns:
         Filtered and smoothed moments, with the leading axes of `emissions`.
