@@ -131,7 +131,7 @@ def _prepare(params: ParamsLGSSM, problem: Problem, num_iters: int) -> tuple[Pro
     center = _center(problem.trials.emissions)
     floor = _variance_floor(params, problem.trials.emissions)
     params = _shift_params(params, center)
-    blank = jnp.full(num_iters + 1, -jnp.inf, params.initial.mean.dtype)
+    blank = jnp.full(num_iters + 1, jnp.nan, params.initial.mean.dtype)
     zero = jnp.zeros((), jnp.int32)
     kept = jnp.zeros(params.state_dim, bool)
     state = EMState(params, params, floor, blank, blank, zero, zero, zero - 1, kept)
@@ -234,6 +234,7 @@ def _finish(state: EMState, problem: Problem, center: Array, start: ParamsLGSSM)
     elif moves is not None:
         bias = jnp.where(moves[:, -1], bias, before)
     params = eqx.tree_at(lambda p: p.emissions.bias, params, bias)
+    params = jax.tree.map(lambda new, old: jnp.where(state.num_updates > 0, new, old), params, start)
     return FitResult(
         params=params,
         log_probs=state.log_probs[places],
@@ -341,7 +342,14 @@ def _check_options(num_iters: Any, tol: Any, progress: Any) -> None:
             expected="an integer of at least 1",
             remedy="To evaluate parameters without fitting, use `marginal_log_prob`.",
         )
-    if is_concrete(tol) and not float(tol) >= 0:
+    if not _is_tolerance(tol):
         fail("tol", got=repr(tol), expected="a number of at least zero", remedy="Zero runs until nothing is gained.")
     if not isinstance(progress, bool):
         fail("progress", got=repr(progress), expected="True or False", remedy="True draws a bar on standard error.")
+
+
+def _is_tolerance(tol: Any) -> bool:
+    if not is_concrete(tol):
+        return tol.ndim == 0
+    array = np.asarray(tol)
+    return array.ndim == 0 and array.dtype.kind in "iuf" and bool(array >= 0)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from issm._check import as_float_array, common_float_dtype, fail, is_concrete
+from issm._check import as_float_array, check_key, common_float_dtype, fail, is_concrete
 from issm._types import PRNGKey
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM, make_lgssm_params
@@ -60,6 +60,7 @@ def initialize_lgssm(
         >>> issm.initialize_lgssm(jax.random.key(1), emissions, state_dim=1).emissions.weights.shape
         (2, 1)
     """
+    check_key(key)
     data = _Data(emissions, state_dim, inputs, interventions)
     rng = np.random.default_rng(np.asarray(jax.random.randint(key, (4,), 0, 2**31 - 1)))
     scores = _scores(data, rng)
@@ -108,7 +109,8 @@ class _Data:
         self.center, centered = self.center + shift, np.where(self.observed, centered - shift, 0.0)
         scale = np.sqrt((centered**2).sum(axis=(0, 1)) / count)
         typical = np.sqrt((scale**2).mean()) if (scale > 0).any() else 1.0
-        self.scale = np.where(scale > 1e-6 * typical, scale, typical)
+        moves = scale > 1e-12 * np.abs(np.where(self.observed, raw, 0.0)).max(axis=(0, 1))  # more than by rounding
+        self.scale = np.where(moves, scale, typical)
         self.values = centered / self.scale
         self.filled = _fill_gaps(self.values, self.observed)
         # Steps past the last observation of a trial are no data.

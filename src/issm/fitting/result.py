@@ -116,7 +116,7 @@ def _split(name: str) -> list[str]:
 
 def _describe(code: np.ndarray, broken: np.ndarray, floored: np.ndarray, kept: np.ndarray) -> str | list:
     if code.ndim:
-        return [_describe(*one) for one in zip(code, broken, floored, kept, strict=True)]
+        return [_describe(*map(np.asarray, one)) for one in zip(code, broken, floored, kept, strict=True)]
     reason = REASONS[Code(int(code))]
     if broken >= 0:
         reason += f" (not finite: {FIELDS[int(broken)]})"
