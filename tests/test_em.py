@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+import scipy.stats
 
 import helpers
 import issm
+from issm.fitting.regression import PatternStatistics, regress_patterns
 from issm.fitting.result import Code
 
 FIELDS = {
@@ -42,6 +44,44 @@ OPTIONS = {
         time_varying=("dynamics_weights", "emissions_bias"),
     ),
 }
+OPTIONS["rows-priors"] = OPTIONS["rows"]
+OPTIONS["correlated-priors"] = OPTIONS["correlated"]
+WITH_PRIORS = ("rows-priors", "correlated-priors")
+PRIORS = issm.Priors(
+    initial=issm.RegressionPrior(mean=0.2, precision=0.5, degrees=4.0, scale=0.3),
+    dynamics=issm.RegressionPrior(mean=0.1, precision=[2.0, 1.0, 3.0, 0.5], degrees=5.0, scale=[0.4, 0.2]),
+    emissions=issm.RegressionPrior(precision=1.5, degrees=6.0, scale=0.3),
+)
+NUM_ITERS = 25
+ONE_UPDATE = 1e9  # a tolerance that any second update falls below
+
+
+def log_prior(params):
+    """Log density of `PRIORS`, by scipy's distributions."""
+    total = 0.0
+    for block in FIELDS:
+        prior, values = getattr(PRIORS, block), jax.tree.map(np.asarray, getattr(params, block))
+        columns = (
+            values.mean[:, None]
+            if block == "initial"
+            else np.column_stack([values.weights, values.input_weights, values.bias])
+        )
+        rows, cov = len(columns), values.cov
+        precision = np.broadcast_to(prior.precision, columns.shape[1])
+        scale, degrees = np.broadcast_to(prior.scale, rows), float(prior.degrees)
+        mean = np.broadcast_to(prior.mean, columns.shape)
+        full = np.diag(cov) if cov.ndim == 1 else cov
+        total += scipy.stats.matrix_normal.logpdf(columns, mean, full, np.diag(1 / precision))
+        if cov.ndim == 1:
+            total += scipy.stats.invgamma.logpdf(cov, degrees / 2, scale=scale / 2).sum()
+        else:
+            total += scipy.stats.invwishart.logpdf(cov, degrees, np.diag(scale))
+    return total
+
+
+def expected_log_density(name, params, system):
+    """What the M step raises: the expected log joint density, and the log density of the priors."""
+    return expected_log_joint(params, system) + (log_prior(params) if name in WITH_PRIORS else 0.0)
 
 
 def expected_log_joint(params, system):
@@ -118,21 +158,22 @@ def slopes(function, value):
 
 @pytest.fixture(scope="module")
 def fits():
-    """System, one update and thirty, for every option; compiled once each."""
+    """System, one update, and a function that makes all updates, for every option; compiled once each."""
     done = {}
 
     def fit(name):
         if name not in done:
             system = helpers.random_system(3, **OPTIONS[name])
             args, kwargs = system.data
-            one = issm.fit_em(system.params, *args, **kwargs, num_iters=1, tol=0.0)
-            done[name] = (system, one, lambda n: issm.fit_em(system.params, *args, **kwargs, num_iters=n, tol=0.0))
+            priors = PRIORS if name in WITH_PRIORS else None
+            fit = lambda tol: issm.fit_em(system.params, *args, **kwargs, priors=priors, num_iters=NUM_ITERS, tol=tol)  # noqa: E731
+            done[name] = (system, fit(ONE_UPDATE), lambda: fit(0.0))
         return done[name]
 
     return fit
 
 
-@pytest.mark.parametrize("name", ["rows", "correlated", "time-varying"])
+@pytest.mark.parametrize("name", ["rows", "correlated", "time-varying", "rows-priors", "correlated-priors"])
 def test_coefficients_maximise_given_the_covariances(fits, name):
     system, one, _ = fits(name)
     start = system.params
@@ -144,12 +185,17 @@ def test_coefficients_maximise_given_the_covariances(fits, name):
             value = getattr(getattr(updated, block), field)
             if isinstance(value, issm.TimeVarying) or value.size == 0:
                 continue
-            objective = lambda v: expected_log_joint(replace(updated, block, field, jnp.asarray(v)), system)  # noqa: B023, E731
+            objective = lambda v: expected_log_density(  # noqa: E731
+                name,
+                replace(updated, block, field, jnp.asarray(v)),  # noqa: B023
+                system,
+            )
             assert np.abs(slopes(objective, value)).max() < 1e-5 * max(1.0, abs(before)), (block, field)
 
 
-def test_variances_maximise_given_the_coefficients(fits):
-    system, one, _ = fits("rows")
+@pytest.mark.parametrize("name", ["rows", "rows-priors"])
+def test_variances_maximise_given_the_coefficients(fits, name):
+    system, one, _ = fits(name)
     for block in FIELDS:
         value = np.asarray(getattr(one.params, block).cov)
         for i in range(len(value)):
@@ -157,7 +203,7 @@ def test_variances_maximise_given_the_coefficients(fits):
             def objective(log_variance, i=i, block=block, value=value):
                 changed = value.copy()
                 changed[i] = np.exp(log_variance)
-                return -expected_log_joint(replace(one.params, block, "cov", jnp.asarray(changed)), system)
+                return -expected_log_density(name, replace(one.params, block, "cov", jnp.asarray(changed)), system)
 
             if abs(objective(np.log(value[i]) + 1) - objective(np.log(value[i]))) < 1e-9:  # clamped in every trial
                 assert value[i] == getattr(system.params, block).cov[i]
@@ -166,9 +212,10 @@ def test_variances_maximise_given_the_coefficients(fits):
             np.testing.assert_allclose(np.exp(best.x), value[i], rtol=1e-4)
 
 
-def test_complete_correlated_covariances_maximise(fits):
-    system, one, _ = fits("correlated")
-    objective = lambda v: expected_log_joint(replace(one.params, "emissions", "cov", jnp.asarray(v)), system)  # noqa: E731
+@pytest.mark.parametrize("name", ["correlated", "correlated-priors"])
+def test_complete_correlated_covariances_maximise(fits, name):
+    system, one, _ = fits(name)
+    objective = lambda v: expected_log_density(name, replace(one.params, "emissions", "cov", jnp.asarray(v)), system)  # noqa: E731
     value = np.asarray(one.params.emissions.cov)
     best, rng = objective(value), np.random.default_rng(0)
     for _ in range(30):
@@ -176,6 +223,45 @@ def test_complete_correlated_covariances_maximise(fits):
         step = 1e-3 * value @ (direction + direction.T) @ value
         assert objective(value + step) <= best + 1e-9 * abs(best)
         assert objective(value - step) <= best + 1e-9 * abs(best)
+
+
+@pytest.mark.parametrize("name", WITH_PRIORS)
+def test_log_priors_are_their_density(fits, name):
+    system, one, _ = fits(name)
+    expected = log_prior(one.params) - log_prior(system.params)
+    np.testing.assert_allclose(one.log_priors[1] - one.log_priors[0], expected, rtol=1e-9)
+
+
+def test_frozen_entries_under_differing_masks():
+    """The rest maximises given them: full noise, three patterns of clamps, about half of the entries frozen."""
+    rng = np.random.default_rng(0)
+    free = np.array([[True, True, True], [True, False, True], [False, True, True]])
+    trainable = rng.random((3, 4)) < 0.5
+    samples = [(rng.normal(size=(30, 4)), rng.normal(size=(30, 3)) @ rng.normal(size=(3, 3))) for _ in free]
+    factor = rng.normal(size=(3, 3))
+    cov = factor @ factor.T + 0.1 * np.eye(3)
+    stats = PatternStatistics(
+        jnp.asarray(free),
+        jnp.stack([z.T @ z for z, _ in samples]),
+        jnp.stack([e.T @ z for z, e in samples]),
+        jnp.stack([e.T @ e for _, e in samples]),
+        jnp.full(3, 30.0),
+        complete=False,
+    )
+    start = rng.normal(size=(3, 4))
+    new, _ = regress_patterns(stats, jnp.asarray(start), jnp.asarray(cov), trainable=jnp.asarray(trainable))
+
+    def objective(entries):
+        change = np.zeros((3, 4))
+        change[trainable] = entries
+        return sum(
+            _gaussian((e - z @ change.T)[step], np.zeros((3, 3)), cov, o)
+            for (z, e), o in zip(samples, free, strict=True)
+            for step in range(30)
+        )
+
+    np.testing.assert_array_equal(np.asarray(new)[~trainable], start[~trainable])
+    assert np.abs(slopes(objective, (np.asarray(new) - start)[trainable])).max() < 1e-6 * abs(objective(0.0))
 
 
 def test_covariance_step_under_differing_masks_raises_the_expectation(fits):
@@ -189,9 +275,9 @@ def test_covariance_step_under_differing_masks_raises_the_expectation(fits):
 def test_never_goes_down(fits, name):
     system, one, fit = fits(name)
     args, kwargs = system.data
-    result = fit(25)
+    result = fit()
     assert Code(int(result.code)) in (Code.MAX_ITERS, Code.CONVERGED), result.reason
-    assert (np.diff(result.log_probs) >= 0).all()
+    assert (np.diff(result.log_probs + result.log_priors) >= 0).all()
     assert len(result.log_probs) == result.num_iters + 1
     at_start = issm.marginal_log_prob(system.params, *args, **kwargs).sum()
     at_end = issm.marginal_log_prob(result.params, *args, **kwargs).sum()

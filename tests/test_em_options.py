@@ -15,6 +15,7 @@ import pytest
 import helpers
 import issm
 from issm.fitting import em
+from issm.fitting.m_step import make_rules
 from issm.fitting.result import Code
 
 NUM_ITERS = 20
@@ -137,6 +138,12 @@ def test_prefixes_freeze_what_arrays_freeze(kind):
     jitted = traced(start, everything_but(lambda m: m.emissions.weights, start))
     np.testing.assert_allclose(jitted.log_probs, eager.log_probs, rtol=1e-9)
     assert_same(jitted.params, eager.params, rtol=1e-6, atol=1e-8)
+
+
+def test_a_field_that_varies_in_time_is_kept_by_one_false():
+    """The way of the page on freezing parameters."""
+    trainable = eqx.tree_at(lambda p: p.dynamics.weights, jax.tree.map(lambda _: True, VARYING), False)
+    assert not make_rules(VARYING, trainable, None).dynamics.coefficients[:, :STATE_DIM].any()
 
 
 # Data and starts on which a naive EM breaks
