@@ -1,6 +1,7 @@
 """The public door of every function that takes data: checks it, and gives it one form whatever the user's leading axes."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import equinox as eqx
@@ -143,7 +144,7 @@ def as_plan(
     _check_time_axis(params, num_timesteps)
     dtype = params.initial.mean.dtype
     if interventions is None:
-        interventions = no_intervention(num_timesteps, params.state_dim)
+        interventions = _nothing_clamped(num_timesteps, params.state_dim, dtype.name)
     if not isinstance(interventions, Intervention):
         fail(
             interventions_name,
@@ -166,14 +167,36 @@ def as_plan(
                 expected=f"shape (num_timesteps, input_dim) = {(num_timesteps, params.input_dim)}",
                 remedy="The model has input weights; pass zeros if there was no input.",
             )
-        inputs = jnp.zeros((num_timesteps, 0), dtype)
+        inputs = _no_inputs(num_timesteps, dtype.name)
     inputs = as_float_array(inputs_name, inputs, dtype)
     _check_leading_axes(
         inputs_name, inputs.shape, (num_timesteps, params.input_dim), ("num_timesteps", "input_dim"), num_trials
     )
     check_finite(inputs_name, inputs)
-    cast = lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # noqa: E731
+    cast = lambda leaf: leaf if leaf.dtype in (dtype, bool) else leaf.astype(dtype)  # noqa: E731
     return Plan(inputs, jax.tree.map(cast, interventions))
+
+
+# Arrays that say "nothing" are made once: a small problem would feel their cost. They are concrete whoever asks first.
+
+
+@lru_cache(maxsize=64)
+def _nothing_clamped(num_timesteps: int, state_dim: int, dtype: str) -> Intervention:
+    with jax.ensure_compile_time_eval():
+        free = no_intervention(num_timesteps, state_dim)
+        return jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf.astype(dtype), free)
+
+
+@lru_cache(maxsize=64)
+def _no_inputs(num_timesteps: int, dtype: str) -> Array:
+    with jax.ensure_compile_time_eval():
+        return jnp.zeros((num_timesteps, 0), dtype)
+
+
+@lru_cache(maxsize=1)
+def _one_pattern() -> Array:
+    with jax.ensure_compile_time_eval():
+        return jnp.zeros(1, jnp.int32)
 
 
 def _check_leading_axes(name: str, shape: tuple, expected: tuple, words: tuple, num_trials: int | None) -> None:
@@ -210,8 +233,9 @@ def _all_finite(emissions: Array) -> Array:
 def _may_miss(emissions: Array) -> bool:
     if not is_concrete(emissions):
         return True
-    if bool(_all_finite(emissions)):
-        return False
+    with jax.ensure_compile_time_eval():  # the data may be known although the caller is being traced
+        if bool(_all_finite(emissions)):
+            return False
     values = np.asarray(emissions)
     if np.isinf(values).any():
         fail(
@@ -238,7 +262,7 @@ def _group(emissions: Array, intervention: Intervention, may_miss: bool) -> tupl
     num_trials = emissions.shape[0]
     decisive = [intervention.mask, intervention.variance] if intervention.mask.ndim == 3 else []
     if num_trials == 1 or not (decisive or may_miss):
-        return jnp.zeros(1, int), None
+        return _one_pattern(), None
     if not all(is_concrete(array) for array in (emissions, *decisive)):
         return jnp.arange(num_trials), None
     arrays = [np.asarray(array) for array in decisive]
