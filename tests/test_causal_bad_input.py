@@ -35,6 +35,10 @@ def effect(**options):
     return lambda: issm.causal_effect(PARAMS, PLAN, **options)
 
 
+def pulse(params=PARAMS, num_steps=3, **options):
+    return lambda: issm.impulse_response(params, num_steps, **{"source": 0} | options)
+
+
 CALLS = {
     "draws for parameters": (predict(DRAWS, PLAN), "params.initial.mean", "(5, 2)"),
     "parameters that are none": (predict(MODEL, PLAN), "params", "a dict"),
@@ -90,6 +94,15 @@ CALLS = {
     "a factual plan longer than the trial": (
         lambda: issm.counterfactual(PARAMS, Y, PLAN, interventions=PLAN), "interventions", "(4, 2)"),
     "a counterfactual of nothing": (lambda: issm.counterfactual(PARAMS, Y * np.nan, PLAN), "emissions", "NaN"),
+    "a pulse in a model that is none": (pulse(MODEL), "params", "a dict"),
+    "a pulse in a model that varies": (pulse(VARYING), "params.dynamics.weights", "causal_effect"),
+    "a pulse and no step after": (pulse(num_steps=0), "num_steps", "0"),
+    "a pulse on a state that does not exist": (pulse(source=2), "source", "0 ... 1"),
+    "a pulse on a state by name": (pulse(source="V1"), "source", "V1"),
+    "a pulse of two values": (pulse(value=[1.0, 2.0]), "value", "(2,)"),
+    "a pulse of NaN": (pulse(value=np.nan), "value", "NaN"),
+    "a pulse at a level in percent": (pulse(level=95), "level", "95"),
+    "a pulse under draws of the wrong model": (pulse(parameters=PARAMS), "parameters", "leading axis"),
     "an average over no trials": (effect(average_trials=True), "average_trials", "single sequence"),
 }  # fmt: skip
 

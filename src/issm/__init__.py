@@ -9,6 +9,9 @@ from issm.causal.predict import Moments as Moments
 from issm.causal.predict import Prediction as Prediction
 from issm.causal.predict import interventional_prediction as interventional_prediction
 from issm.causal.readout import Readout as Readout
+from issm.causal.responses import ImpulseResponse as ImpulseResponse
+from issm.causal.responses import Response as Response
+from issm.causal.responses import impulse_response as impulse_response
 from issm.causal.uncertainty import Spread as Spread
 from issm.fitting.em import fit_em as fit_em
 from issm.fitting.initialize import initialize_lgssm as initialize_lgssm
