@@ -39,6 +39,16 @@ def pulse(params=PARAMS, num_steps=3, **options):
     return lambda: issm.impulse_response(params, num_steps, **{"source": 0} | options)
 
 
+def hold(params=PARAMS, **options):
+    """The same call to both functions that hold a state."""
+    direct = dict(source=0, mediators=[1]) | options
+    return [lambda: issm.total_effects(params, **options), lambda: issm.controlled_direct_effect(params, **direct)]
+
+
+def mediated(**options):
+    return lambda: issm.controlled_direct_effect(PARAMS, **{"source": 0, "mediators": []} | options)
+
+
 CALLS = {
     "draws for parameters": (predict(DRAWS, PLAN), "params.initial.mean", "(5, 2)"),
     "parameters that are none": (predict(MODEL, PLAN), "params", "a dict"),
@@ -103,6 +113,17 @@ CALLS = {
     "a pulse of NaN": (pulse(value=np.nan), "value", "NaN"),
     "a pulse at a level in percent": (pulse(level=95), "level", "95"),
     "a pulse under draws of the wrong model": (pulse(parameters=PARAMS), "parameters", "leading axis"),
+    "holding in a model that is none": (hold(MODEL), "params", "a dict"),
+    "holding in a model that varies": (hold(VARYING), "params.dynamics.weights", "causal_effect"),
+    "holding for no step": (hold(num_steps=0), "num_steps", "0"),
+    "holding at many values": (hold(value=[1.0, 2.0]), "value", "(2,)"),
+    "holding at a level in percent": (hold(level=95), "level", "95"),
+    "holding under draws of the wrong model": (hold(parameters=PARAMS), "parameters", "leading axis"),
+    "holding a state that does not exist": (mediated(source=2), "source", "0 ... 1"),
+    "a mediator that does not exist": (mediated(mediators=[2]), "mediators", "state 2"),
+    "a mediator that is the source": (mediated(mediators=[1, 0]), "mediators", "the source"),
+    "a mediator that is no list": (mediated(mediators=1), "mediators", "a int"),
+    "mediators by mask": (mediated(mediators=[False, True]), "mediators", "state False"),
     "an average over no trials": (effect(average_trials=True), "average_trials", "single sequence"),
 }  # fmt: skip
 

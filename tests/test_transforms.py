@@ -48,8 +48,21 @@ def history(a):
     return issm.History(a["emissions"], a["inputs"], plan(a))
 
 
+def limits(effect):
+    """The effects alone: the spectral radius has no derivative."""
+    return effect.limit, effect.per_step, effect.stable
+
+
+def damped(a):
+    """Far from where a limit ceases to exist."""
+    return params(a | {"dynamics_weights": 0.5 * a["dynamics_weights"]})
+
+
 FUNCTIONS = {
     "causal_effect": lambda a: issm.causal_effect(params(a), plan(a), history=history(a), inputs=a["inputs"]),
+    "controlled_direct_effect": lambda a: limits(
+        issm.controlled_direct_effect(damped(a), source=0, mediators=[1], num_steps=2, value=a["value"][0, 0])
+    ),
     "counterfactual": infer(lambda p, y, u, interventions: issm.counterfactual(
         p, y, issm.no_intervention(4, 2), interventions=interventions, inputs=u)),
     "do": lambda a: issm.do({0: a["value"][0, 0], 1: a["value"][1:3, 0]}, num_timesteps=4, state_dim=2, start=1, stop=3),
@@ -67,6 +80,7 @@ FUNCTIONS = {
     "pad_trials": lambda a: issm.pad_trials([a["inputs"], a["inputs"][:2]], 0.0)[0],
     "posterior_sample": lambda a: infer(lambda *args, **kw: issm.posterior_sample(KEY, *args, num_samples=2, **kw))(a),
     "stimulate": lambda a: issm.stimulate(a["inputs"], a["dynamics_input_weights"].T, np.ones((4, 1), dtype=bool)),
+    "total_effects": lambda a: limits(issm.total_effects(damped(a), num_steps=2, value=a["value"][0, 0])),
 }  # fmt: skip
 NOT_OF_ARRAYS = {
     "initialize_lgssm": "looks at the data before anything is compiled, and says so when they are traced",

@@ -12,6 +12,9 @@ from issm.causal.readout import Readout as Readout
 from issm.causal.responses import ImpulseResponse as ImpulseResponse
 from issm.causal.responses import Response as Response
 from issm.causal.responses import impulse_response as impulse_response
+from issm.causal.sustained import SustainedEffect as SustainedEffect
+from issm.causal.sustained import controlled_direct_effect as controlled_direct_effect
+from issm.causal.sustained import total_effects as total_effects
 from issm.causal.uncertainty import Spread as Spread
 from issm.fitting.em import fit_em as fit_em
 from issm.fitting.initialize import initialize_lgssm as initialize_lgssm

@@ -15,7 +15,7 @@ from issm._linalg import safe_sqrt
 from issm.causal.effects import DRAWS_AT_ONCE
 from issm.causal.predict import quantile_of_level
 from issm.causal.uncertainty import Directions, Spread, as_uncertain_parameters, empirical_spread, normal_spread
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, check_params
+from issm.models.lgssm import ParamsLGSSM, TimeVarying, check_params, values_of
 
 
 class Response(eqx.Module):
@@ -151,9 +151,7 @@ def course(
     params: ParamsLGSSM, start: Float[Array, " state_dim"], held: Bool[Array, " state_dim"], num_steps: int
 ) -> Response:
     """What becomes of a difference `start` between two worlds while the states in `held` keep theirs."""
-    weights = params.dynamics.weights
-    assert not isinstance(weights, TimeVarying)
-    assert not isinstance(params.emissions.weights, TimeVarying)
+    weights = values_of(params.dynamics.weights)  # constant: see check_constant
 
     def step(change: Array, _: None) -> tuple[Array, Array]:
         change = jnp.where(held, start, weights @ change)
@@ -161,7 +159,7 @@ def course(
 
     later = lax.scan(step, start, None, length=num_steps)[1]
     states = jnp.concatenate([start[None], later])
-    return Response(states, states @ params.emissions.weights.T)
+    return Response(states, states @ values_of(params.emissions.weights).T)
 
 
 def with_uncertainty(
