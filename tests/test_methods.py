@@ -186,8 +186,13 @@ def test_auto_chooses_by_values_and_dtype(stressed, system):
     trials = as_trials(params, emissions, None, None)
     assert choose_method("auto", params, trials) == "sqrt"
     assert choose_method("parallel", params, trials) == "parallel"
-    double = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
-    assert choose_method("auto", double, trials) == "sequential"
+    in_double = lambda params: jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)  # noqa: E731
+    assert choose_method("auto", in_double(params), trials) == "sqrt"
+    noisy = eqx.tree_at(
+        lambda p: (p.initial.cov, p.emissions.cov), params, (jnp.ones(6, "f4"), jnp.full(12, 1e-3, "f4"))
+    )
+    assert choose_method("auto", noisy, trials) == "sqrt"
+    assert choose_method("auto", in_double(noisy), trials) == "sequential"
     calm = eqx.tree_at(lambda p: (p.initial.cov, p.emissions.cov), params, (jnp.ones(6, "f4"), jnp.ones(12, "f4")))
     assert choose_method("auto", calm, trials) == "sequential"
     full = eqx.tree_at(lambda p: p.emissions.cov, params, 1e-6 * jnp.eye(12, dtype=jnp.float32))
