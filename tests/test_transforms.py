@@ -81,6 +81,8 @@ FUNCTIONS = {
     "posterior_sample": lambda a: infer(lambda *args, **kw: issm.posterior_sample(KEY, *args, num_samples=2, **kw))(a),
     "stimulate": lambda a: issm.stimulate(a["inputs"], a["dynamics_input_weights"].T, np.ones((4, 1), dtype=bool)),
     "total_effects": lambda a: limits(issm.total_effects(damped(a), num_steps=2, value=a["value"][0, 0])),
+    "transform_interventions": lambda a: issm.transform_interventions(plan(a), np.diag([2.0, -3.0]), a["inputs"][:2, 0]),
+    "transform_params": lambda a: issm.transform_params(params(a), a["emissions_weights"], a["inputs"][:2, 0]),
 }  # fmt: skip
 NOT_OF_ARRAYS = {
     "initialize_lgssm": "looks at the data before anything is compiled, and says so when they are traced",

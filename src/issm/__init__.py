@@ -32,6 +32,8 @@ from issm.interventions import do as do
 from issm.interventions import merge as merge
 from issm.interventions import no_intervention as no_intervention
 from issm.interventions import stimulate as stimulate
+from issm.models.coordinates import transform_interventions as transform_interventions
+from issm.models.coordinates import transform_params as transform_params
 from issm.models.lgssm import ParamsLGSSM as ParamsLGSSM
 from issm.models.lgssm import ParamsLGSSMDynamics as ParamsLGSSMDynamics
 from issm.models.lgssm import ParamsLGSSMEmissions as ParamsLGSSMEmissions
