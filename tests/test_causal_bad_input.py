@@ -24,6 +24,7 @@ TRIALS = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), PLAN)
 NUM_PARAMETERS = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
 DRAWS = jax.tree.map(lambda leaf: jnp.stack([leaf] * 5), PARAMS)
 Y = np.zeros((3, 3))
+SUPPORT = issm.identifiability(PLAN)
 
 
 def predict(*arguments, **options):
@@ -124,6 +125,14 @@ CALLS = {
     "a mediator that is the source": (mediated(mediators=[1, 0]), "mediators", "the source"),
     "a mediator that is no list": (mediated(mediators=1), "mediators", "a int"),
     "mediators by mask": (mediated(mediators=[False, True]), "mediators", "state False"),
+    "clamps that are an array": (lambda: issm.identifiability(np.ones((4, 2))), "interventions", "a ndarray"),
+    "emissions without a model": (lambda: issm.identifiability(PLAN, emissions=Y), "emissions", "no params"),
+    "clamps of another length than the emissions": (lambda: issm.identifiability(PLAN, PARAMS, Y), "interventions", "(4, 2)"),
+    "clamps of another model": (lambda: issm.identifiability(ELSEWHERE, PARAMS), "interventions", "(4, 3)"),
+    "another model's entries estimated": (
+        lambda: issm.identifiability(PLAN, PARAMS, Y[:1].repeat(4, 0), trainable=[True]), "trainable", "structure"),
+    "a plan of other states than the clamps": (lambda: SUPPORT.check_plan(ELSEWHERE), "plan", "(3,)"),
+    "a check of no plan": (lambda: SUPPORT.check_plan(None), "plan", "NoneType"),
     "an average over no trials": (effect(average_trials=True), "average_trials", "single sequence"),
 }  # fmt: skip
 

@@ -53,6 +53,11 @@ def limits(effect):
     return effect.limit, effect.per_step, effect.stable
 
 
+def excitation(report):
+    """What has a derivative: a condition number may be infinite."""
+    return report.excitation, report.information, report.support.gram
+
+
 def damped(a):
     """Far from where a limit ceases to exist."""
     return params(a | {"dynamics_weights": 0.5 * a["dynamics_weights"]})
@@ -67,6 +72,7 @@ FUNCTIONS = {
         p, y, issm.no_intervention(4, 2), interventions=interventions, inputs=u)),
     "do": lambda a: issm.do({0: a["value"][0, 0], 1: a["value"][1:3, 0]}, num_timesteps=4, state_dim=2, start=1, stop=3),
     "fit_em": lambda a: infer(issm.fit_em, num_iters=2, tol=0.0)(a).params,
+    "identifiability": lambda a: excitation(issm.identifiability(plan(a), params(a), None, a["inputs"])),
     "impulse_response": lambda a: issm.impulse_response(params(a), 3, source=0, value=a["value"][0, 0]),
     "interventional_prediction": lambda a: issm.interventional_prediction(
         params(a), plan(a), history=history(a), inputs=a["inputs"]

@@ -5,6 +5,8 @@ from issm.causal.effects import Effect as Effect
 from issm.causal.effects import EffectEstimate as EffectEstimate
 from issm.causal.effects import causal_effect as causal_effect
 from issm.causal.history import History as History
+from issm.causal.identify import Identifiability as Identifiability
+from issm.causal.identify import identifiability as identifiability
 from issm.causal.predict import Moments as Moments
 from issm.causal.predict import Prediction as Prediction
 from issm.causal.predict import interventional_prediction as interventional_prediction
@@ -12,6 +14,8 @@ from issm.causal.readout import Readout as Readout
 from issm.causal.responses import ImpulseResponse as ImpulseResponse
 from issm.causal.responses import Response as Response
 from issm.causal.responses import impulse_response as impulse_response
+from issm.causal.support import PlanCheck as PlanCheck
+from issm.causal.support import Support as Support
 from issm.causal.sustained import SustainedEffect as SustainedEffect
 from issm.causal.sustained import controlled_direct_effect as controlled_direct_effect
 from issm.causal.sustained import total_effects as total_effects

@@ -1,0 +1,69 @@
+r"""The observed information, $-\nabla^2 \log p(y \mid do(\cdot), u)$, along chosen directions of the parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from issm._check import fail, is_concrete
+from issm._linalg import symmetrize
+from issm._trees import trainable_masks
+from issm.inference.likelihood import log_likelihoods
+from issm.models.lgssm import ParamsLGSSM, TimeVarying, is_diagonal
+from issm.models.trials import Trials
+
+DERIVATIVES_AT_ONCE = 8
+
+
+def free_directions(params: ParamsLGSSM, trainable: Any) -> Float[Array, "num_parameters num_free"]:
+    """What one step of each free number does to the raveled parameters: zeros and ones.
+
+    The two mirrored entries of a full covariance are one number.
+    """
+    masks = trainable_masks(params, trainable, fixed=TimeVarying)
+    if not all(is_concrete(leaf) for leaf in jax.tree.leaves(masks)):
+        fail(
+            "trainable",
+            got="Booleans that JAX traces",
+            expected="known Booleans: they decide the size of the information",
+            remedy="Build them outside of `jit`, with NumPy.",
+        )
+    numbers, count = [], 0
+    for block in ("initial", "dynamics", "emissions"):
+        fields = getattr(masks, block)
+        for leaf in jax.tree.leaves(fields):
+            mask = np.asarray(leaf)
+            mirrored = leaf is fields.cov and not is_diagonal(getattr(params, block).cov)
+            if mirrored and (mask != mask.T).any():
+                fail(
+                    f"trainable.{block}.cov",
+                    got="an entry frozen on one side of the diagonal only",
+                    expected="the same Booleans on both sides",
+                    remedy="A covariance is symmetric; set both entries.",
+                )
+            chosen = np.tril(mask) if mirrored else mask
+            number = np.full(mask.shape, -1)
+            number[chosen] = count + np.arange(chosen.sum())
+            numbers.append((np.maximum(number, number.T) if mirrored else number).ravel())
+            count += int(chosen.sum())
+    directions = np.concatenate(numbers)[:, None] == np.arange(count)
+    return jnp.asarray(directions, params.initial.mean.dtype)
+
+
+def observed_information(
+    params: ParamsLGSSM, trials: Trials, directions: Float[Array, "num_parameters num_free"], method: str
+) -> Float[Array, "num_free num_free"]:
+    """Minus the Hessian of the log-likelihood, by forward mode through its exact score."""
+    flat, unravel = ravel_pytree(params)
+    score = jax.grad(lambda step: log_likelihoods(unravel(flat + directions @ step), trials, method).sum())
+    num_free = directions.shape[1]
+    zero = jnp.zeros(num_free, flat.dtype)
+    column = lambda direction: jax.jvp(score, (zero,), (direction,))[1]  # noqa: E731
+    size = min(num_free, DERIVATIVES_AT_ONCE)
+    steps = jnp.eye(-(-num_free // size) * size, num_free, dtype=flat.dtype)  # filled up with zeros
+    columns = lax.map(jax.vmap(column), steps.reshape(-1, size, num_free))
+    return -symmetrize(columns.reshape(-1, num_free)[:num_free])
