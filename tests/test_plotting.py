@@ -52,6 +52,23 @@ def test_effect(ax):
     np.testing.assert_array_equal(ax.lines[1].get_ydata(), [5.0, 6.0])
 
 
+@pytest.mark.parametrize("kind", ["autocorrelation", "quantiles", "time"])
+def test_residuals(ax, kind):
+    innovations = np.array([[[0.0, 2.0], [0.0, np.nan], [0.0, -1.0]], [[0.0, 0.5], [0.0, 1.0], [0.0, 3.0]]])
+    rows = np.array([[0.0, 0.3], [0.0, -0.2]])
+    diagnostics = SimpleNamespace(innovations=innovations, autocorrelation=rows, autocorrelation_sd=abs(rows))
+    assert plotting.plot_residuals(diagnostics, 1, kind=kind, ax=ax) is ax
+    if kind == "autocorrelation":
+        segments = ax.collections[1].get_segments()
+        np.testing.assert_allclose(segments, [[[1, 0], [1, 0.3]], [[2, 0], [2, -0.2]]])
+        assert ax.collections[0].get_paths()[0].get_extents().ymax == 0.6
+    elif kind == "quantiles":
+        np.testing.assert_array_equal(ax.lines[1].get_ydata(), [-1.0, 0.5, 1.0, 2.0, 3.0])
+        np.testing.assert_allclose(ax.lines[1].get_xdata()[[0, 2, 4]], [-1.2815515655, 0.0, 1.2815515655], atol=1e-9)
+    else:
+        np.testing.assert_array_equal(ax.lines[0].get_xdata(), [0, 1, 2, 0, 1, 2])
+
+
 def test_a_new_figure_where_no_axes_are_given():
     from matplotlib import pyplot
 
@@ -69,6 +86,8 @@ def test_a_new_figure_where_no_axes_are_given():
         (lambda: plotting.plot_flow_field(simulate.Saddle(), (1.0, 0.0, 0.0, 1.0)), "extent: got"),
         (lambda: plotting.plot_flow_field(lambda x: x[0], (0.0, 1.0, 0.0, 1.0)), "drift: got shape"),
         (lambda: plotting.plot_effect(SimpleNamespace(mean=np.ones(3), lower=0, upper=0)), "effect, index: got"),
+        (lambda: plotting.plot_residuals(SimpleNamespace(innovations=np.ones((3, 1))), kind="qq"), "kind: got 'qq'"),
+        (lambda: plotting.plot_residuals(SimpleNamespace(innovations=np.ones((3, 1))), 1), "index: got 1"),
     ],
 )
 def test_bad_arguments(call, message):

@@ -58,6 +58,9 @@ def excitation(report):
     return report.excitation, report.information, report.support.gram
 
 
+def statistics(diagnostics):
+    """Without NaN, which stands where an emission is missing or there is too little of it to test."""
+    return jax.tree.map(lambda leaf: jnp.nan_to_num(leaf), diagnostics)
 def damped(a):
     """Far from where a limit ceases to exist."""
     return params(a | {"dynamics_weights": 0.5 * a["dynamics_weights"]})
@@ -85,6 +88,7 @@ FUNCTIONS = {
     "merge": lambda a: issm.merge(plan(a), issm.Intervention(~MASK, a["inputs"] * jnp.ones_like(a["inputs"], shape=(1, 2)))),
     "pad_trials": lambda a: issm.pad_trials([a["inputs"], a["inputs"][:2]], 0.0)[0],
     "posterior_sample": lambda a: infer(lambda *args, **kw: issm.posterior_sample(KEY, *args, num_samples=2, **kw))(a),
+    "residual_diagnostics": lambda a: statistics(infer(issm.residual_diagnostics)(a)),
     "stimulate": lambda a: issm.stimulate(a["inputs"], a["dynamics_input_weights"].T, np.ones((4, 1), dtype=bool)),
     "total_effects": lambda a: limits(issm.total_effects(damped(a), num_steps=2, value=a["value"][0, 0])),
     "transform_interventions": lambda a: issm.transform_interventions(plan(a), np.diag([2.0, -3.0]), a["inputs"][:2, 0]),

@@ -20,6 +20,8 @@ from issm.causal.sustained import SustainedEffect as SustainedEffect
 from issm.causal.sustained import controlled_direct_effect as controlled_direct_effect
 from issm.causal.sustained import total_effects as total_effects
 from issm.causal.uncertainty import Spread as Spread
+from issm.fitting.diagnostics import ResidualDiagnostics as ResidualDiagnostics
+from issm.fitting.diagnostics import residual_diagnostics as residual_diagnostics
 from issm.fitting.em import fit_em as fit_em
 from issm.fitting.initialize import initialize_lgssm as initialize_lgssm
 from issm.fitting.priors import Priors as Priors
