@@ -6,6 +6,7 @@ pytree of arrays. Sizes and keys are closed over. A public function that is in n
 
 import inspect
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +49,19 @@ def history(a):
     return issm.History(a["emissions"], a["inputs"], plan(a))
 
 
+def bent(a):
+    """A model whose emission map is curved."""
+    linear = issm.ssm_from_lgssm(params(a))
+    return eqx.tree_at(lambda m: m.emission.map, linear, Bent(linear.emission.map))
+
+
+class Bent(eqx.Module):
+    linear: issm.LinearMap
+
+    def __call__(self, state):
+        return self.linear(state) + 0.1 * jnp.tanh(self.linear(state)) ** 2
+
+
 def limits(effect):
     """The effects alone: the spectral radius has no derivative."""
     return effect.limit, effect.per_step, effect.stable
@@ -80,6 +94,8 @@ FUNCTIONS = {
     "interventional_prediction": lambda a: issm.interventional_prediction(
         params(a), plan(a), history=history(a), inputs=a["inputs"]
     ),
+    "log_joint": lambda a: issm.log_joint(
+        bent(a), jnp.where(MASK, a["value"], a["emissions"][3]), a["emissions"], a["inputs"], interventions=plan(a)),
     "lgssm_filter": infer(issm.lgssm_filter),
     "lgssm_sample": lambda a: issm.lgssm_sample(KEY, params(a), NUM_TIMESTEPS, a["inputs"], interventions=plan(a)),
     "lgssm_smoother": infer(issm.lgssm_smoother),
@@ -87,8 +103,12 @@ FUNCTIONS = {
     "marginal_log_prob": infer(issm.marginal_log_prob),
     "merge": lambda a: issm.merge(plan(a), issm.Intervention(~MASK, a["inputs"] * jnp.ones_like(a["inputs"], shape=(1, 2)))),
     "pad_trials": lambda a: issm.pad_trials([a["inputs"], a["inputs"][:2]], 0.0)[0],
+    "posterior": lambda a: floats(issm.posterior(bent(a), a["emissions"], a["inputs"], interventions=plan(a))),
     "posterior_sample": lambda a: infer(lambda *args, **kw: issm.posterior_sample(KEY, *args, num_samples=2, **kw))(a),
     "residual_diagnostics": lambda a: statistics(infer(issm.residual_diagnostics)(a)),
+    "sample": lambda a: issm.sample(KEY, bent(a), NUM_TIMESTEPS, a["inputs"], interventions=plan(a)),
+    "ssm_from_lgssm": lambda a: issm.ssm_from_lgssm(params(a)),
+    "ssm_to_lgssm": lambda a: issm.ssm_to_lgssm(issm.ssm_from_lgssm(params(a))),
     "stimulate": lambda a: issm.stimulate(a["inputs"], a["dynamics_input_weights"].T, np.ones((4, 1), dtype=bool)),
     "total_effects": lambda a: limits(issm.total_effects(damped(a), num_steps=2, value=a["value"][0, 0])),
     "transform_interventions": lambda a: issm.transform_interventions(plan(a), np.diag([2.0, -3.0]), a["inputs"][:2, 0]),

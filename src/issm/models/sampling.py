@@ -64,7 +64,7 @@ def lgssm_sample(
             expected="an integer of at least 1",
             remedy="Give the number of steps to draw.",
         )
-    num_trials = _num_trials(inputs, interventions)
+    num_trials = num_trials_of(inputs, interventions)
     plan = as_plan(params, inputs, interventions, num_timesteps=num_timesteps, num_trials=num_trials)
     return _sample(key, params, plan, num_trials)
 
@@ -123,7 +123,8 @@ def _apply_factor(cov: Array | TimeVarying, white: Array) -> Array:
     return apply_weights(TimeVarying(factor) if isinstance(cov, TimeVarying) else factor, white)
 
 
-def _num_trials(inputs: Any, interventions: Any) -> int | None:
+def num_trials_of(inputs: Any, interventions: Any) -> int | None:
+    """The length of the trial axis that inputs or interventions have; None without one."""
     for given in (
         None if inputs is None else as_array("inputs", inputs).shape,
         getattr(getattr(interventions, "mask", None), "shape", None),

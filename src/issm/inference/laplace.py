@@ -1,0 +1,290 @@
+r"""Laplace's approximation to the posterior of a general state-space model, by Gauss-Newton steps through the smoother.
+
+Around a path, the emissions act on the states as Gaussian potentials; filter and smoother turn these into the next path. A
+path is held as the adjoints $\rho_t$ that drive it, $x_t = A_t x_{t-1} + a_t + Q_t \rho_t$, so that its prior density is
+$-\tfrac12 \sum_t \rho_t^\top Q_t \rho_t$ without a division by $Q_t$, which clamps make singular.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from issm._check import fail
+from issm.inference.dense import BackwardPass, FilterPass, run_filter, run_smoother
+from issm.inference.observations import Potential
+from issm.interventions import Intervention
+from issm.models.ssm import SSM, as_model_trials, companion
+from issm.models.transitions import Transitions, lgssm_transitions
+from issm.models.trials import Trials
+
+HALVINGS = 20
+
+
+class PosteriorSSM(eqx.Module):
+    r"""Gaussian approximation to $p(x_{0:T-1} \mid y, do(\cdot), u)$; every field has the leading trial axis of the data, if any.
+
+    Attributes:
+        marginal_loglik: Approximation to $\log p(y \mid do(\cdot), u)$, `()`: Laplace's, or a lower bound from a recognition
+            network.
+        smoothed_means: $E[x_t \mid y]$, for Laplace the most probable path, `(num_timesteps, state_dim)`.
+        smoothed_covariances: $Cov[x_t \mid y]$, `(num_timesteps, state_dim, state_dim)`.
+        smoothed_cross_covariances: $Cov[x_t, x_{t+1} \mid y]$, `(num_timesteps - 1, state_dim, state_dim)`.
+        converged: Whether the last step was a negligible part of a posterior standard deviation.
+        num_iters: Number of Gauss-Newton steps.
+
+    References:
+        Tierney & Kadane (1986), on Laplace's approximation; Fahrmeir & Kaufmann (1991), on state-space models.
+
+    Examples:
+        >>> import numpy as np, issm
+        >>> linear = issm.make_lgssm_params([0.0], [1.0], [[0.9]], [0.1], [[1.0]], [0.5])
+        >>> model = issm.SSM(linear.initial, linear.dynamics, issm.PoissonEmission(issm.LinearMap([[1.0], [2.0]])))
+        >>> bool(issm.posterior(model, np.ones((5, 2))).converged)
+        True
+    """
+
+    marginal_loglik: Float[Array, "*trials"]
+    smoothed_means: Float[Array, "*trials num_timesteps state_dim"]
+    smoothed_covariances: Float[Array, "*trials num_timesteps state_dim state_dim"]
+    smoothed_cross_covariances: Float[Array, "*trials num_timesteps_minus_1 state_dim state_dim"]
+    converged: Bool[Array, "*trials"]
+    num_iters: Int[Array, "*trials"]
+
+
+def posterior(
+    model: SSM,
+    emissions: Any,
+    inputs: Any = None,
+    *,
+    interventions: Intervention | None = None,
+    method: str = "laplace",
+    num_iters: int = 100,
+) -> PosteriorSSM:
+    r"""Smoothing under clamps with any emissions: the Gaussian around the most probable path.
+
+    $$\hat x = \arg\max_x \log p(x, y \mid do(\cdot), u), \quad p(x \mid y) \approx N(\hat x, H^{-1}), \quad
+    \log p(y) \approx \log p(\hat x, y) - \tfrac12 \log |H / 2\pi|, \quad H = -\nabla_x^2 \log p(\hat x, y)$$
+
+    The path is found by Gauss-Newton steps with a line search: each is one pass of filter and smoother over the potentials
+    $J_t = G_t^\top W_t G_t$ of the emissions, with $G_t$ the derivative of their predictor and $W_t$ their expected
+    information, so that its cost grows linearly in the number of steps. H then has the observed information of every step
+    where that is positive semidefinite, and the expected one elsewhere. For a linear Gaussian model the result is exact. The
+    derivatives of the result are those of the implicit function theorem.
+
+    Args:
+        model: The model.
+        emissions: $y_t$, `(num_timesteps, emission_dim)` or `(num_trials, num_timesteps, emission_dim)`; NaN is missing.
+        inputs: Soft inputs $u_t$, shared or one array for each trial.
+        interventions: Clamps, shared or one for each trial. None: no clamps.
+        method: "laplace".
+        num_iters: Largest number of Gauss-Newton steps, at least 1.
+
+    Returns:
+        Means, covariances and an approximate marginal log-likelihood, with the leading axes of `emissions`.
+
+    Raises:
+        ValueError: If an argument has the wrong shape, type or values; the message names it.
+
+    References:
+        Fahrmeir & Kaufmann (1991), *Metrika* 38; Durbin & Koopman (2012), sec. 10.6; Nejatbakhsh & Wang (2025), for the model.
+
+    Examples:
+        >>> import numpy as np, issm
+        >>> linear = issm.make_lgssm_params([0.0], [1.0], [[0.9]], [0.1], [[1.0]], [0.5])
+        >>> spikes = issm.PoissonEmission(issm.LinearMap([[1.0], [-1.0]], [1.0, 1.0]), exposure=0.5, link="exp")
+        >>> plan = issm.do({0: 1.0}, num_timesteps=4, state_dim=1, start=2, stop=3)
+        >>> counts = np.array([[1.0, 0.0], [3.0, 1.0], [4.0, 0.0], [np.nan, 1.0]])
+        >>> result = issm.posterior(issm.SSM(linear.initial, linear.dynamics, spikes), counts, interventions=plan)
+        >>> result.smoothed_means[2].tolist(), result.smoothed_covariances[2].tolist()
+        ([1.0], [[0.0]])
+    """
+    if method != "laplace":
+        fail("method", got=repr(method), expected='"laplace"', remedy="A linear Gaussian model has `lgssm_smoother`.")
+    if isinstance(num_iters, bool) or not isinstance(num_iters, int) or num_iters < 1:
+        fail(
+            "num_iters",
+            got=repr(num_iters),
+            expected="an integer of at least 1",
+            remedy="It is the largest number of steps.",
+        )
+    trials = as_model_trials(model, emissions, inputs, interventions)
+    return _posterior(model, trials, jnp.asarray(num_iters, jnp.int32))
+
+
+@eqx.filter_jit
+def _posterior(model: SSM, trials: Trials, num_iters: Int[Array, ""]) -> PosteriorSSM:
+    def one(emissions: Array, inputs: Array, intervention: Intervention) -> PosteriorSSM:
+        problem = make_problem(model, emissions, inputs, intervention)
+        mode = find_mode(jax.tree.map(_without_derivative, problem), num_iters=num_iters)
+        states, _, _ = smooth_around(problem, mode.states, curvature(problem, mode.states))
+        # Once more, around a path that carries the derivatives of the first pass.
+        return approximation(problem, mode, states, curvature(problem, states))
+
+    return trials.map(one)
+
+
+class Problem(eqx.Module):
+    """One sequence: its data, and the transitions into every step."""
+
+    model: SSM
+    emissions: Float[Array, "num_timesteps emission_dim"]
+    inputs: Float[Array, "num_timesteps input_dim"]
+    into: Transitions
+
+
+class Mode(eqx.Module):
+    """The most probable path, the adjoints that drive it, and how it was found."""
+
+    states: Float[Array, "num_timesteps state_dim"]
+    adjoints: Float[Array, "num_timesteps state_dim"]
+    objective: Float[Array, ""]
+    converged: Bool[Array, ""]
+    done: Bool[Array, ""]
+    num_iters: Int[Array, ""]
+
+
+def make_problem(model: SSM, emissions: Array, inputs: Array, intervention: Intervention) -> Problem:
+    """Gather what belongs to one sequence."""
+    return Problem(model, emissions, inputs, lgssm_transitions(companion(model), inputs, intervention))
+
+
+def driven_path(into: Transitions, adjoints: Float[Array, "num_timesteps state_dim"]) -> Array:
+    r"""$x_t = A_t x_{t-1} + a_t + Q_t \rho_t$."""
+    drive = into.shift + (into.cov * adjoints[:, None, :]).sum(axis=-1)
+
+    def step(state: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
+        weights, shift = at
+        state = (weights * state[None, :]).sum(axis=-1) + shift
+        return state, state
+
+    return lax.scan(step, jnp.zeros_like(drive[0]), (into.weights, drive))[1]
+
+
+def find_mode(problem: Problem, *, num_iters: int | Int[Array, ""], adjoints: Array | None = None) -> Mode:
+    """Gauss-Newton steps with a line search, from the path that `adjoints` drive (None: the mean of the prior)."""
+    into, emission = problem.into, problem.model.emission
+    dtype = into.shift.dtype
+    tolerance = 4 * jnp.sqrt(jnp.finfo(dtype).eps)
+
+    def objective(states: Array, adjoints: Array) -> Array:
+        log_probs = emission.log_prob(problem.emissions, emission.predictors(states, problem.inputs))
+        cost = jnp.einsum("ti,tij,tj->", adjoints, into.cov, adjoints)
+        return log_probs.sum() - cost / 2
+
+    def better(value: Array, old: Array) -> Array:
+        slack = 8 * jnp.finfo(dtype).eps * jnp.abs(old)
+        return (value >= old - slack) | (jnp.isfinite(value) & ~jnp.isfinite(old))
+
+    def iterate(mode: Mode) -> Mode:
+        pull, precision = potentials(problem, mode.states)
+        states, _, backward = smooth_around(problem, mode.states, (pull, precision), mode.adjoints)
+        change, turn = states - mode.states, backward.adjoints - mode.adjoints
+        spread = jnp.sqrt(jnp.maximum(jnp.diagonal(backward.covs, axis1=1, axis2=2), 0.0))
+        size = jnp.where(spread > 0, jnp.abs(change) / jnp.where(spread > 0, spread, 1.0), 0.0).max()
+
+        def at(share: Array) -> Array:
+            return objective(mode.states + share * change, mode.adjoints + share * turn)
+
+        def halve(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            share, _, count = carry
+            return share / 2, at(share / 2), count + 1
+
+        start = (jnp.ones((), dtype), at(jnp.ones((), dtype)), jnp.zeros((), jnp.int32))
+        worse = lambda carry: ~better(carry[1], mode.objective) & (carry[2] < HALVINGS)  # noqa: E731
+        share, value, _ = lax.while_loop(worse, halve, start)
+        found = better(value, mode.objective)
+        share = jnp.where(found, share, 0.0)
+        small = size <= tolerance
+        return Mode(
+            states=mode.states + share * change,
+            adjoints=mode.adjoints + share * turn,
+            objective=jnp.where(found, value, mode.objective),
+            converged=small,
+            done=small | ~found,
+            num_iters=mode.num_iters + 1,
+        )
+
+    adjoints = jnp.zeros_like(into.shift) if adjoints is None else adjoints
+    states = driven_path(into, adjoints)
+    no, zero = jnp.zeros((), bool), jnp.zeros((), jnp.int32)
+    start = Mode(states, adjoints, objective(states, adjoints), no, no, zero)
+    return lax.while_loop(lambda mode: ~mode.done & (mode.num_iters < num_iters), iterate, start)
+
+
+def potentials(problem: Problem, states: Array) -> tuple[Array, Array]:
+    r"""$g_t = G_t^\top s_t$ and $J_t = G_t^\top W_t G_t$: score and expected information of the emissions in the states."""
+    emission = problem.model.emission
+    predictors = emission.predictors(states, problem.inputs)
+    slopes = jax.vmap(jax.jacfwd(emission.map))(states)
+    score, information = emission.local_information(problem.emissions, predictors)
+    if information.ndim == 2:
+        return jnp.einsum("tni,tn->ti", slopes, score), jnp.einsum("tni,tn,tnj->tij", slopes, information, slopes)
+    return jnp.einsum("tni,tn->ti", slopes, score), jnp.einsum("tmi,tmn,tnj->tij", slopes, information, slopes)
+
+
+def curvature(problem: Problem, states: Array) -> tuple[Array, Array]:
+    """Score of the emissions in the states, and their observed information where it is positive semidefinite."""
+    emission = problem.model.emission
+
+    def log_prob(state: Array, observed: Array, given: Array) -> Array:
+        return emission.log_prob(observed[None], emission.predictors(state[None], given[None]))[0]
+
+    pull, expected = potentials(problem, states)
+    observed = -jax.vmap(jax.hessian(log_prob))(states, problem.emissions, problem.inputs)
+    smallest = jnp.linalg.eigvalsh(lax.stop_gradient(observed))[:, 0]
+    slack = jnp.finfo(states.dtype).eps * jnp.abs(lax.stop_gradient(observed)).max(axis=(1, 2))
+    return pull, jnp.where((smallest >= -8 * slack)[:, None, None], observed, expected)
+
+
+def smooth_around(
+    problem: Problem, states: Array, potential: tuple[Array, Array], adjoints: Array | None = None
+) -> tuple[Array, FilterPass, BackwardPass]:
+    r"""Filter and smooth the deviations from a path: $\delta_t = A_t \delta_{t-1} - (x_t - A_t x_{t-1} - a_t) + w_t$.
+
+    Returns:
+        The smoothed path, and both passes in deviations from `states`.
+    """
+    into = problem.into
+    if adjoints is None:
+        previous = jnp.concatenate([jnp.zeros_like(states[:1]), states[:-1]])
+        shift = (into.weights * previous[:, None, :]).sum(axis=-1) + into.shift - states
+    else:  # the same, without the rounding
+        shift = -(into.cov * adjoints[:, None, :]).sum(axis=-1)
+    deviations = Transitions(into.weights, shift, into.cov)
+    pull, precision = potential
+    forward = run_filter(deviations, Potential(precision, pull))
+    backward = run_smoother(deviations, forward)
+    return states + backward.means, forward, backward
+
+
+def approximation(problem: Problem, mode: Mode, states: Array, potential: tuple[Array, Array]) -> PosteriorSSM:
+    r"""The Gaussian around `states`, and the integral of the expanded likelihood over the prior.
+
+    $$\sum_t \ell_t + g_t^\top \delta_t - \tfrac12 \delta_t^\top J_t \delta_t - \tfrac12 q_t^\top P_t^- q_t
+    - \tfrac12 \log |I + P_t^- J_t|$$
+
+    with $\ell_t$ the log-likelihood at the path, $\delta_t$ the filtered deviation from it and $q_t$ the filter's score.
+    """
+    emission = problem.model.emission
+    smoothed, forward, backward = smooth_around(problem, states, potential)
+    pull, precision = potential
+    log_probs = emission.log_prob(problem.emissions, emission.predictors(states, problem.inputs))
+    linear = (pull * forward.means).sum(axis=1)
+    quadratic = jnp.einsum("ti,tij,tj->t", forward.means, precision, forward.means)
+    cost = jnp.einsum("ti,tij,tj->t", forward.score, forward.predicted_covs, forward.score)
+    return PosteriorSSM(
+        marginal_loglik=(log_probs + linear - (quadratic + cost + forward.log_det) / 2).sum(),
+        smoothed_means=smoothed,
+        smoothed_covariances=backward.covs,
+        smoothed_cross_covariances=backward.cross_covs[:-1],
+        converged=mode.converged,
+        num_iters=mode.num_iters,
+    )
+
+
+def _without_derivative(leaf: Any) -> Any:
+    return lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf
