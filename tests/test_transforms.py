@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import issm
@@ -31,6 +32,8 @@ ARRAYS = {
     "variance": np.where(MASK, [0.0, 0.3], 0.0),
 }
 FIELDS = tuple(SYSTEM.fields)
+ONE_STEP = optax.sgd(0.1)
+ONLY_OFFSETS = eqx.tree_at(lambda p: p.emissions.bias, jax.tree.map(lambda _: False, SYSTEM.params), True)
 
 
 def plan(a):
@@ -55,6 +58,17 @@ def bent(a):
     return eqx.tree_at(lambda m: m.emission.map, linear, Bent(linear.emission.map))
 
 
+def diagonal_noise(a):
+    """The arrays with diagonal covariances of the states."""
+    return a | {name: jnp.diagonal(a[name]) for name in ("initial_cov", "dynamics_cov")}
+
+
+def potentials_of(a):
+    """A variational posterior near the data, one for the single trial."""
+    free = issm.FreePotentials(1, NUM_TIMESTEPS, STATE_DIM, dtype=a["value"].dtype)
+    return eqx.tree_at(lambda f: f.values, free, a["value"][None])
+
+
 class Bent(eqx.Module):
     linear: issm.LinearMap
 
@@ -67,6 +81,11 @@ def limits(effect):
     return effect.limit, effect.per_step, effect.stable
 
 
+def averages(effect):
+    """Without the steps, which are NaN where nothing was observed."""
+    return effect.average, effect.cumulative, effect.relative
+
+
 def excitation(report):
     """What has a derivative: a condition number may be infinite."""
     return report.excitation, report.information, report.support.gram
@@ -75,11 +94,14 @@ def excitation(report):
 def statistics(diagnostics):
     """Without NaN, which stands where an emission is missing or there is too little of it to test."""
     return jax.tree.map(lambda leaf: jnp.nan_to_num(leaf), diagnostics)
+
+
 def damped(a):
     """Far from where a limit ceases to exist."""
     return params(a | {"dynamics_weights": 0.5 * a["dynamics_weights"]})
 
 
+SAMPLING = {"num_samples": 4, "num_warmup": 1, "num_chains": 1, "trainable": ONLY_OFFSETS}
 FUNCTIONS = {
     "causal_effect": lambda a: issm.causal_effect(params(a), plan(a), history=history(a), inputs=a["inputs"]),
     "controlled_direct_effect": lambda a: limits(
@@ -87,9 +109,21 @@ FUNCTIONS = {
     ),
     "counterfactual": infer(lambda p, y, u, interventions: issm.counterfactual(
         p, y, issm.no_intervention(4, 2), interventions=interventions, inputs=u)),
+    "compare": lambda a: issm.compare(
+        KEY, {"clamps": (params(a), "clamps"), "ignored": (params(a), "ignored")}, jnp.stack([a["emissions"], -a["emissions"]]),
+        a["inputs"], interventions=plan(a), num_bootstrap=5),
+    "design_interventions": lambda a: issm.design_interventions(
+        params(a), [plan(a), issm.no_intervention(4, 2)], budget=2, inputs=a["inputs"]),
     "do": lambda a: issm.do({0: a["value"][0, 0], 1: a["value"][1:3, 0]}, num_timesteps=4, state_dim=2, start=1, stop=3),
+    "elbo": lambda a: issm.elbo(KEY, bent(a), potentials_of(a), a["emissions"], a["inputs"], interventions=plan(a)),
     "fit_em": lambda a: infer(issm.fit_em, num_iters=2, tol=0.0)(a).params,
+    "fit_sgd": lambda a: infer(issm.fit_sgd, optimizer=ONE_STEP, num_epochs=2)(a).params,
     "identifiability": lambda a: excitation(issm.identifiability(plan(a), params(a), None, a["inputs"])),
+    "fit_laplace_em": lambda a: floats(issm.fit_laplace_em(
+        bent(diagonal_noise(a)), a["emissions"], a["inputs"], interventions=plan(a), num_rollout=2, num_iters=1).params),
+    "fit_vi": lambda a: floats(issm.fit_vi(
+        KEY, bent(diagonal_noise(a)), potentials_of(a), a["emissions"], a["inputs"], interventions=plan(a), num_rollout=0,
+        num_iters=1).params),
     "impulse_response": lambda a: issm.impulse_response(params(a), 3, source=0, value=a["value"][0, 0]),
     "interventional_prediction": lambda a: issm.interventional_prediction(
         params(a), plan(a), history=history(a), inputs=a["inputs"]
@@ -102,25 +136,39 @@ FUNCTIONS = {
     "make_lgssm_params": params,
     "marginal_log_prob": infer(issm.marginal_log_prob),
     "merge": lambda a: issm.merge(plan(a), issm.Intervention(~MASK, a["inputs"] * jnp.ones_like(a["inputs"], shape=(1, 2)))),
+    "observed_effect": lambda a: averages(issm.observed_effect(params(a), a["emissions"], a["inputs"], start=3)),
     "pad_trials": lambda a: issm.pad_trials([a["inputs"], a["inputs"][:2]], 0.0)[0],
+    "parameter_covariance": lambda a: infer(issm.parameter_covariance, trainable=ONLY_OFFSETS)(a).covariance,
     "posterior": lambda a: floats(issm.posterior(bent(a), a["emissions"], a["inputs"], interventions=plan(a))),
     "posterior_sample": lambda a: infer(lambda *args, **kw: issm.posterior_sample(KEY, *args, num_samples=2, **kw))(a),
     "residual_diagnostics": lambda a: statistics(infer(issm.residual_diagnostics)(a)),
     "sample": lambda a: issm.sample(KEY, bent(a), NUM_TIMESTEPS, a["inputs"], interventions=plan(a)),
+    "sample_parameters": lambda a: infer(lambda *args, **kw: issm.sample_parameters(KEY, *args, **SAMPLING, **kw))(a).draws,
     "ssm_from_lgssm": lambda a: issm.ssm_from_lgssm(params(a)),
     "ssm_to_lgssm": lambda a: issm.ssm_to_lgssm(issm.ssm_from_lgssm(params(a))),
+    "stimulation_as": lambda a: issm.stimulation_as("inputs", plan(a), a["inputs"])["inputs"],
     "stimulate": lambda a: issm.stimulate(a["inputs"], a["dynamics_input_weights"].T, np.ones((4, 1), dtype=bool)),
     "total_effects": lambda a: limits(issm.total_effects(damped(a), num_steps=2, value=a["value"][0, 0])),
     "transform_interventions": lambda a: issm.transform_interventions(plan(a), np.diag([2.0, -3.0]), a["inputs"][:2, 0]),
     "transform_params": lambda a: issm.transform_params(params(a), a["emissions_weights"], a["inputs"][:2, 0]),
 }  # fmt: skip
 NOT_OF_ARRAYS = {
+    "placebo_effects": "calls the user's fit for every date",
+    "structural_model": "looks at the series before anything is compiled, and says so when it is traced",
+    "bootstrap": "compiles and batches its refits itself, and says so when the data are traced",
+    "check_clamps": "calls the user's fit for every channel, and decides between them in Python",
     "initialize_lgssm": "looks at the data before anything is compiled, and says so when they are traced",
+    "information_criteria": "counts clamp values and observed steps, and says so when they are traced",
+    "initialize_ssm": "looks at the data before anything is compiled, and says so when they are traced",
     "no_intervention": "takes two sizes",
+    "select_state_dim": "fits models of several sizes, each compiled on its own, and says so when the data are traced",
 }
 """Public functions that no transformation can apply to, and why."""
 FORWARD_ONLY = {
+    "fit_sgd": "its loop ends when the data say so, which JAX cannot run backwards",
     "fit_em": "its loop ends when the data say so, which JAX cannot run backwards",
+    "fit_laplace_em": "its loop ends when the data say so, which JAX cannot run backwards",
+    "fit_vi": "the same",
 }
 """Public functions whose derivative is `jax.jvp` and not `jax.grad`, and why."""
 

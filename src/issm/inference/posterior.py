@@ -69,16 +69,22 @@ def posterior_sample(
 @jax.jit(static_argnames=("num_samples", "method"))
 def _posterior_sample(key: PRNGKey, params: ParamsLGSSM, trials: Trials, num_samples: int, method: str) -> Array:
     means = filter_and_smooth(params, trials, method).smoothed_means
+    draw = lambda key: draw_states(key, params, trials, means, method)  # noqa: E731
+    return trials.like_user(jax.vmap(draw, out_axes=1)(jax.random.split(key, num_samples)))
+
+
+def draw_states(
+    key: PRNGKey,
+    params: ParamsLGSSM,
+    trials: Trials,
+    smoothed_means: Float[Array, "num_trials num_timesteps state_dim"],
+    method: str,
+) -> Float[Array, "num_trials num_timesteps state_dim"]:
+    """One path for every trial; `smoothed_means` are those given the data."""
     axes = trials.plan.axes
     draw = jax.vmap(sample_sequence, in_axes=(0, None, axes.inputs, axes.intervention))
-
-    def one(key: PRNGKey) -> Array:
-        states, emissions = draw(
-            jax.random.split(key, trials.num_trials), params, trials.plan.inputs, trials.plan.intervention
-        )
-        emissions = jnp.where(jnp.isnan(trials.emissions), jnp.nan, emissions) if trials.may_miss else emissions
-        drawn = eqx.tree_at(lambda t: t.emissions, trials, emissions)
-        return states + means - filter_and_smooth(params, drawn, method).smoothed_means
-
-    draws = jax.vmap(one, out_axes=1)(jax.random.split(key, num_samples))
-    return trials.like_user(draws)
+    keys = jax.random.split(key, trials.num_trials)
+    states, emissions = draw(keys, params, trials.plan.inputs, trials.plan.intervention)
+    emissions = jnp.where(jnp.isnan(trials.emissions), jnp.nan, emissions) if trials.may_miss else emissions
+    drawn = eqx.tree_at(lambda t: t.emissions, trials, emissions)
+    return states + smoothed_means - filter_and_smooth(params, drawn, method).smoothed_means

@@ -1,0 +1,223 @@
+"""The loop behind `fit_sgd`: epochs of updates by an optax optimiser, judged one by one."""
+
+import time
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from issm._constraints import constrain, unconstrain
+from issm._trees import apply_mask
+from issm._types import PRNGKey
+from issm.fitting.batches import Data, Likelihood, UserLoss, shuffle, take
+from issm.fitting.progress import ProgressBar
+from issm.fitting.sgd_result import Code, SGDResult
+from issm.models.trials import Trials
+
+DRAW_EVERY_SECONDS = 0.3
+
+
+class Problem(eqx.Module):
+    """Where a fit starts, its data and its rules, checked."""
+
+    start: Any
+    masks: Any
+    data: Data | Trials
+    watched: Data | Trials | None
+    loss: Any
+    watched_loss: Any
+    tol: Float[Array, ""]
+    patience: Int[Array, ""]
+    key: PRNGKey
+
+
+class Method(eqx.Module):
+    """What a compiled run depends on; `static` are the leaves of the parameters that are no floating-point arrays."""
+
+    static: Any
+    optimizer: optax.GradientTransformation
+    batch_size: int | None = eqx.field(static=True)
+    lbfgs: bool = eqx.field(static=True)
+
+
+class State(eqx.Module):
+    """What the loop carries: coordinates before epoch `epoch`, the best ones, and the logs."""
+
+    point: Any
+    memory: Any
+    best: Any
+    best_loss: Float[Array, ""]
+    best_epoch: Int[Array, ""]
+    improved_loss: Float[Array, ""]
+    improved_epoch: Int[Array, ""]
+    losses: Float[Array, " num_log_probs"]
+    watched_losses: Float[Array, " num_log_probs"]
+    epoch: Int[Array, ""]
+    code: Int[Array, ""]
+    broken: Int[Array, ""]
+
+
+@eqx.filter_jit
+def prepare(problem: Problem, method: Method, num_epochs: int) -> State:
+    """Coordinates of the start and empty logs; what is frozen has the coordinate zero."""
+    point = jax.tree.map(lambda mask, leaf: jnp.where(mask, leaf, 0.0), problem.masks, unconstrain(problem.start))
+    blank = jnp.full(num_epochs + 1, jnp.nan, problem.tol.dtype)
+    zero, infinite = jnp.zeros((), jnp.int32), jnp.full((), jnp.inf, problem.tol.dtype)
+    memory = method.optimizer.init(point)
+    return State(point, memory, point, infinite, zero, infinite, zero, blank, blank, zero, zero, zero - 1)
+
+
+@eqx.filter_jit
+def run(state: State, problem: Problem, method: Method, until: Int[Array, ""]) -> State:
+    """Epochs until the fit has ended or `until` of them are behind it."""
+    last = state.losses.shape[0] - 1
+
+    def running(state: State) -> Array:
+        return (state.code == Code.RUNNING) & ((state.epoch < until) | (state.epoch == last))
+
+    return lax.while_loop(running, lambda state: _epoch(state, problem, method, last), state)
+
+
+def _epoch(state: State, problem: Problem, method: Method, last: int) -> State:
+    """Go through all batches; judge the parameters that the epoch began with."""
+    learns = state.epoch < last
+    num_trials = problem.data.num_trials
+    carry = (state.point, state.memory, jnp.int32(Code.RUNNING), jnp.int32(-1))
+    if method.batch_size is None:
+        carry, loss = _step(carry, problem.data, learns, problem, method)
+    else:
+        loss = jnp.zeros((), state.losses.dtype)
+        key = jax.random.fold_in(problem.key, state.epoch)
+        for batches in shuffle(key, num_trials, method.batch_size):
+            visit = lambda carry, chosen: _step(carry, take(problem.data, chosen), learns, problem, method)  # noqa: E731
+            carry, parts = lax.scan(visit, carry, batches)
+            loss = loss + parts.sum() * (batches.shape[1] / num_trials)
+    point, memory, code, broken = carry
+
+    watched = problem.watched is not None or method.batch_size is None
+    judged = loss
+    if problem.watched is not None:
+        judged = problem.watched_loss(_parameters(state.point, problem, method), problem.watched)
+    finite = jnp.isfinite(judged)
+    better = (judged < state.best_loss) if watched else (code == Code.RUNNING) & finite
+    improved = judged < state.improved_loss - problem.tol
+    improved_epoch = jnp.where(improved, state.epoch, state.improved_epoch)
+    broke = code != Code.RUNNING
+    stale = watched & (state.epoch - improved_epoch >= problem.patience)
+    ended = [
+        ((~finite | (code == Code.LOSS_NOT_FINITE)) & (state.epoch == 0), Code.START_NOT_FINITE),
+        (~finite, Code.LOSS_NOT_FINITE),
+        (stale, Code.CONVERGED),
+        (~learns, Code.MAX_EPOCHS),
+    ]
+    code = jnp.select([c for c, _ in ended], [jnp.int32(v) for _, v in ended], code)
+    goes_on = code == Code.RUNNING
+    keep = lambda flag, new, old: jax.tree.map(lambda a, b: jnp.where(flag, a, b), new, old)  # noqa: E731
+    return State(
+        point=keep(goes_on, point, state.point),
+        memory=keep(goes_on, memory, state.memory),
+        best=keep(better, state.point, state.best),
+        best_loss=jnp.where(better, judged, state.best_loss),
+        best_epoch=jnp.where(better, state.epoch, state.best_epoch),
+        improved_loss=jnp.where(improved, judged, state.improved_loss),
+        improved_epoch=improved_epoch,
+        losses=state.losses.at[state.epoch].set(loss),
+        watched_losses=state.watched_losses.at[state.epoch].set(judged),
+        epoch=state.epoch + goes_on.astype(jnp.int32),
+        code=code,
+        broken=jnp.where(broke, broken, state.broken),
+    )
+
+
+def _step(
+    carry: tuple, batch: Data | Trials, learns: Bool[Array, ""], problem: Problem, method: Method
+) -> tuple[tuple, Array]:
+    """One update by one batch, unless something is not finite."""
+    point, memory, code, broken = carry
+    objective = lambda point: problem.loss(_parameters(point, problem, method), batch)  # noqa: E731
+    if method.lbfgs:  # the line search has been here already
+        loss, gradient = optax.value_and_grad_from_state(objective)(point, state=memory)
+    else:
+        loss, gradient = jax.value_and_grad(objective)(point)
+    gradient = jax.tree.map(lambda mask, leaf: jnp.where(mask, leaf, 0.0), problem.masks, gradient)
+    optimizer = optax.with_extra_args_support(method.optimizer)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # which optax relies on
+        updates, new_memory = optimizer.update(gradient, memory, point, value=loss, grad=gradient, value_fn=objective)
+        new = apply_mask(problem.masks, optax.apply_updates(point, updates), point)
+    by_gradient, by_update = _first_broken(gradient), _first_broken(new)
+    found = [
+        (code != Code.RUNNING, code),
+        (~jnp.isfinite(loss), jnp.int32(Code.LOSS_NOT_FINITE)),
+        (by_gradient >= 0, jnp.int32(Code.GRADIENT_NOT_FINITE)),
+        (learns & (by_update >= 0), jnp.int32(Code.UPDATE_NOT_FINITE)),
+    ]
+    now = jnp.select([c for c, _ in found], [v for _, v in found], jnp.int32(Code.RUNNING))
+    first = (now != code) & (now != Code.LOSS_NOT_FINITE)
+    broken = jnp.where(first, jnp.where(by_gradient >= 0, by_gradient, by_update), broken)
+    moves = learns & (now == Code.RUNNING)
+    like = lambda a, b: a if a.dtype == b.dtype else a.astype(b.dtype)  # noqa: E731
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(moves, like(a, b), b), new, old)  # noqa: E731
+    return (keep(new, point), keep(new_memory, memory), now, broken), jnp.asarray(loss)
+
+
+def _parameters(point: Any, problem: Problem, method: Method) -> Any:
+    """The parameters at a point; what is frozen keeps every bit."""
+    return eqx.combine(apply_mask(problem.masks, constrain(point), problem.start), method.static)
+
+
+def _first_broken(tree: Any) -> Int[Array, ""]:
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
+    return jnp.where(finite.all(), -1, jnp.argmin(finite)).astype(jnp.int32)
+
+
+def run_with_bar(state: State, problem: Problem, method: Method, num_epochs: Array) -> State:
+    """The same loop in short runs, with a bar between them."""
+    total, size = int(num_epochs), 1
+    bar = ProgressBar("fit_sgd", total)
+    try:
+        while int(state.code) == Code.RUNNING:
+            began = time.perf_counter()
+            until = jnp.asarray(min(int(state.epoch) + size, total), jnp.int32)
+            state = jax.block_until_ready(run(state, problem, method, until))
+            done = int(state.epoch)
+            loss = float(state.losses[max(done - 1, 0)])
+            bar.draw(done, -loss * _nats(problem.loss))
+            if time.perf_counter() - began < DRAW_EVERY_SECONDS / 2:
+                size *= 2
+    except KeyboardInterrupt:
+        state = eqx.tree_at(lambda s: s.code, state, jnp.int32(Code.INTERRUPTED))
+    finally:
+        bar.close()
+    return state
+
+
+@eqx.filter_jit
+def finish(state: State, problem: Problem) -> SGDResult:
+    """Undo the coordinates; repeat the last entry of the logs to their end."""
+    places = jnp.minimum(jnp.arange(state.losses.shape[0], dtype=jnp.int32), state.epoch)
+    paths, _ = jax.tree_util.tree_flatten_with_path(problem.start)
+    params = apply_mask(problem.masks, constrain(state.best), problem.start)
+    params = jax.tree.map(lambda new, old: jnp.where(state.best_epoch > 0, new, old), params, problem.start)
+    watched = None
+    if problem.watched is not None:
+        watched = -state.watched_losses[places] * _nats(problem.watched_loss)
+    return SGDResult(
+        params=params,
+        log_probs=-state.losses[places] * _nats(problem.loss),
+        held_out_log_probs=watched,
+        converged=state.code == Code.CONVERGED,
+        num_epochs=state.epoch,
+        best_epoch=state.best_epoch,
+        code=state.code,
+        broken=state.broken,
+        fields=tuple(jax.tree_util.keystr(path).lstrip(".") for path, _ in paths),
+    )
+
+
+def _nats(loss: Likelihood | UserLoss) -> Any:
+    """What a loss is multiplied with to be a log-likelihood."""
+    return loss.num_observed if isinstance(loss, Likelihood) else 1.0
