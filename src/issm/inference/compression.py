@@ -152,5 +152,6 @@ def _compress_general(params: ParamsLGSSM, trials: Trials) -> Compressed:
 def _from_potentials(trials: Trials, precisions: Array, shifts: Array, squares: Array, log_norm: Array) -> Compressed:
     r"""Rows from $J = H^\top H$ and $h = H^\top z$; J may be singular."""
     factors = lanes.cholesky(jnp.transpose(precisions, (1, 2, 3, 0)))
-    values = lanes.solve_lower(trials.spread(factors, axis=-1), jnp.transpose(shifts, (1, 2, 0)))
+    whiteners = trials.spread(lanes.invert_lower(factors), axis=-1)
+    values = lanes.matvec(whiteners, jnp.transpose(shifts, (1, 2, 0)))
     return Compressed(lanes.transpose(factors), values, squares, log_norm)

@@ -4,7 +4,8 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from issm.inference.likelihood import log_likelihoods
 from issm.inference.methods import check_method, choose_method, filter_and_smooth
@@ -23,6 +24,10 @@ class PosteriorGSSMFiltered(eqx.Module):
         predicted_means: $E[x_t \mid y_{0:t-1}]$; at t = 0 the (clamped) initial distribution.
         predicted_covariances: $Cov[x_t \mid y_{0:t-1}]$.
         logliks: $\log p(y_t \mid y_{0:t-1})$, `(num_timesteps,)`; zero where nothing was observed.
+        filtered_covariances_by_pattern, predicted_covariances_by_pattern: The same covariances as they are held: trials with
+            the same clamps and missing entries share theirs, `(num_patterns, num_timesteps, state_dim, state_dim)`, without
+            the leading axis for one sequence. The fields above are made from them when they are asked for.
+        pattern: The pattern of each trial, `(num_trials,)`; None where there is one pattern, or where each trial has its own.
 
     References:
         Särkkä & Svensson (2023), theorem 6.6.
@@ -36,10 +41,26 @@ class PosteriorGSSMFiltered(eqx.Module):
 
     marginal_loglik: Float[Array, "*trials"]
     filtered_means: Float[Array, "*trials num_timesteps state_dim"]
-    filtered_covariances: Float[Array, "*trials num_timesteps state_dim state_dim"]
     predicted_means: Float[Array, "*trials num_timesteps state_dim"]
-    predicted_covariances: Float[Array, "*trials num_timesteps state_dim state_dim"]
     logliks: Float[Array, "*trials num_timesteps"]
+    filtered_covariances_by_pattern: Float[Array, "*patterns num_timesteps state_dim state_dim"]
+    predicted_covariances_by_pattern: Float[Array, "*patterns num_timesteps state_dim state_dim"]
+    pattern: Int[Array, "*trials"] | None
+
+    @property
+    def filtered_covariances(self) -> Float[Array, "*trials num_timesteps state_dim state_dim"]:
+        """$Cov[x_t | y_{0:t}]$ of every trial."""
+        return self._of_trials(self.filtered_covariances_by_pattern)
+
+    @property
+    def predicted_covariances(self) -> Float[Array, "*trials num_timesteps state_dim state_dim"]:
+        """$Cov[x_t | y_{0:t-1}]$ of every trial."""
+        return self._of_trials(self.predicted_covariances_by_pattern)
+
+    def _of_trials(self, covs: Array) -> Array:
+        if self.pattern is not None:
+            covs = jnp.take_along_axis(covs, self.pattern[..., None, None, None], axis=-4)
+        return jnp.broadcast_to(covs, (*self.filtered_means.shape[:-2], *covs.shape[-3:]))
 
 
 def lgssm_filter(
@@ -123,10 +144,11 @@ def _filter(params: ParamsLGSSM, trials: Trials, method: str) -> PosteriorGSSMFi
         PosteriorGSSMFiltered(
             marginal_loglik=moments.logliks.sum(axis=1),
             filtered_means=moments.filtered_means,
-            filtered_covariances=trials.spread(moments.filtered_covs),
             predicted_means=moments.predicted_means,
-            predicted_covariances=trials.spread(moments.predicted_covs),
             logliks=moments.logliks,
+            filtered_covariances_by_pattern=moments.filtered_covs,
+            predicted_covariances_by_pattern=moments.predicted_covs,
+            pattern=trials.pattern,
         )
     )
 

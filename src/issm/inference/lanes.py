@@ -15,8 +15,10 @@ from jaxtyping import Array
 
 def matmul(left: Array, right: Array) -> Array:
     """Products of matrices, `(..., i, j, lanes)` by `(..., j, k, lanes)`."""
-    if left.shape[-1] == right.shape[-1] == 1 and left.ndim > 3:  # a batch over steps, without lanes to vectorise over
-        return jnp.einsum("...ijl,...jkl->...ikl", left, right)
+    if left.shape[-1] == right.shape[-1] == 1:  # no lanes to vectorise over
+        if left.ndim > 3:
+            return jnp.einsum("...ijl,...jkl->...ikl", left, right)
+        return (left[:, :, None] * right[None]).sum(axis=1)
     columns = range(left.shape[-2])
     return sum(left[..., :, j, None, :] * right[..., None, j, :, :] for j in columns)  # type: ignore[return-value]
 
@@ -65,19 +67,23 @@ def cholesky(matrix: Array) -> Array:
     return lax.fori_loop(0, dim, eliminate, (jnp.zeros_like(matrix), matrix))[0]
 
 
-def solve_lower(factor: Array, vector: Array) -> Array:
-    """Solve L x = b for vectors; a zero pivot, whose row of b is zero but for rounding, gives a zero."""
-    return solve_lower_matrix(factor, vector[..., None, :])[..., 0, :]
+def whiten(matrix: Array, sides: Array) -> tuple[Array, Array]:
+    """Squared diagonal of L, and $L^{-1}$ times the sides, for positive definite matrices $L L^T$: one elimination for all."""
+    dim = matrix.shape[0]
+    rows = jnp.arange(dim)[:, None]
+
+    def eliminate(i: Array, rest: Array) -> Array:
+        here = lax.dynamic_index_in_dim(rest, i, axis=0, keepdims=False)
+        share = _column(rest, i) / lax.dynamic_index_in_dim(here, i, axis=0)
+        return rest - jnp.where(rows > i, share, 0.0)[:, None] * here[None]
+
+    done = lax.fori_loop(0, dim - 1, eliminate, jnp.concatenate([matrix, sides], axis=1))
+    pivots = jnp.stack([done[i, i] for i in range(dim)])
+    return pivots, done[:, dim:] / jnp.sqrt(pivots)[:, None]
 
 
-def solve_lower_transposed_matrix(factor: Array, matrix: Array) -> Array:
-    r"""Solve $L^\top X = B$ for matrices: the same with both axes of L, and the rows of B, reversed."""
-    reversed_factor = transpose(factor)[..., ::-1, ::-1, :]
-    return solve_lower_matrix(reversed_factor, matrix[..., ::-1, :, :])[..., ::-1, :, :]
-
-
-def solve_lower_matrix(factor: Array, matrix: Array) -> Array:
-    """Solve L X = B for matrices, by columns of L."""
+def invert_lower(factor: Array) -> Array:
+    """Inverses of lower triangular matrices; a zero pivot gives a zero row and column."""
     dim = factor.shape[-2]
     rows = jnp.arange(dim).reshape(*(1,) * (factor.ndim - 3), dim, 1)
 
@@ -89,8 +95,7 @@ def solve_lower_matrix(factor: Array, matrix: Array) -> Array:
         below = jnp.where(rows > i, column, 0.0)[..., :, None, :]
         return jnp.where((rows == i)[..., :, None, :], solved, rest - below * solved)
 
-    shape = jnp.broadcast_shapes((*factor.shape[:-2], 1, factor.shape[-1]), matrix.shape)
-    return lax.fori_loop(0, dim, eliminate, jnp.broadcast_to(matrix, shape))
+    return lax.fori_loop(0, dim, eliminate, jnp.broadcast_to(identity(dim, factor.dtype), factor.shape))
 
 
 def _column(matrix: Array, j: Array) -> Array:

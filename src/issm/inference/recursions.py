@@ -5,6 +5,8 @@ recursive runs inside a scan: $P_t$ and $N_t$ by pattern, $m_t$ and $r_t$ by tri
 everything else, $L^{-1} H$, $L^{-1} H P^-$ and the products with them, is one vectorised pass over all steps.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ from issm.models.lgssm import ParamsLGSSM
 from issm.models.transitions import Transitions, lgssm_transitions
 from issm.models.trials import Plan, Trials
 
+MOST_UNROLLED_ROWS = 3
+"""Loops over more rows than this stay loops: unrolled, they compile slowly and fuse badly."""
 LEFTOVER_ACCURACY = 1e-11
 """Relative rounding error above which the cheap form of the leftover is not used."""
 
@@ -29,31 +33,32 @@ def small_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     shifts = _to_lanes(_transitions(params, trials.plan).shift)
     weights, covs = _to_lanes(by_pattern.weights), _to_lanes(by_pattern.cov)
 
-    predicted_covs = _predicted_covariances(weights, covs, observations.weights, trials.num_patterns)
-    gains = _Gains.of(predicted_covs, observations.weights)
-    filtered_covs = gains.filtered_covariances(predicted_covs)
-    retained_weights = lanes.matmul(gains.retained, weights)  # V_t A_t
-
     each = lambda by_pattern: trials.spread(by_pattern, axis=-1) if trials.pattern is not None else by_pattern  # noqa: E731
-    innovation_factor, white_weights, white_gains = each(gains.factor), each(gains.weights), each(gains.gains)
-    values = lanes.solve_lower(innovation_factor, observations.values)
-    drive = shifts + lanes.matvec(lanes.transpose(white_gains), values - lanes.matvec(white_weights, shifts))
-    filtered_means = _recursion(retained_weights, drive, trials.pattern)
+
+    updates = _run_covariances(weights, covs, observations.weights, trials.num_patterns)
+    predicted_covs, filtered_covs = lanes.symmetrize(updates.predicted), lanes.symmetrize(updates.filtered)
+    retained = updates.retained
+    drive = lanes.matvec(each(retained), shifts) + lanes.matvec(each(updates.gains), observations.values)
+    filtered_means = _recursion(lanes.matmul(retained, weights), drive, trials.pattern)
     previous = jnp.concatenate([jnp.zeros_like(filtered_means[:1]), filtered_means[:-1]])
     predicted_means = lanes.matvec(each(weights), previous) + shifts
-    innovations = values - lanes.matvec(white_weights, predicted_means)
+    white_weights = updates.white_weights
+    innovations = lanes.matvec(each(updates.whitener), observations.values) - lanes.matvec(
+        each(white_weights), predicted_means
+    )
+    scores = lanes.matvec(each(lanes.transpose(white_weights)), innovations)
 
-    scores = lanes.matvec(lanes.transpose(white_weights), innovations)
     next_weights = jnp.concatenate([weights[1:], jnp.zeros_like(weights[:1])])
-    propagated = lanes.transpose(lanes.matmul(next_weights, gains.retained))  # V_t' A_{t+1}'
-    informations = _informations(propagated, gains.information)
+    propagated = lanes.transpose(lanes.matmul(next_weights, retained))  # V_t' A_{t+1}'
+    information = lanes.matmul(lanes.transpose(white_weights), white_weights)
+    informations = lanes.symmetrize(_informations(propagated, information))
     adjoints = _recursion(propagated, scores, trials.pattern, reverse=True)
     next_adjoints = jnp.concatenate([adjoints[1:], jnp.zeros_like(adjoints[:1])])
     next_informations = jnp.concatenate([informations[1:], jnp.zeros_like(informations[:1])])
     onward = lanes.matmul(filtered_covs, lanes.transpose(next_weights))  # Cov[x_t, x_{t+1} | y_{0:t}]
     explained = lanes.matmul(onward, next_informations)
 
-    log_det = 2 * jnp.log(_diagonal(gains.factor)).sum(axis=-2)
+    log_det = jnp.log(updates.pivots).sum(axis=-2)
     quadratic = (innovations**2).sum(axis=-2).T
     if observations.squares is not None:
         quadratic = quadratic + _leftover(params, trials, observations, filtered_means)
@@ -74,60 +79,75 @@ def small_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     )
 
 
-def _predicted_covariances(weights: Array, covs: Array, rows: Array, num_lanes: int) -> Array:
-    """The one recursion of the covariances; rows of unit noise are taken in one by one, in Joseph's form."""
-    num_timesteps, state_dim = weights.shape[:2]
-    constant = rows.shape[0] == 1
+class _Updates(eqx.Module):
+    r"""The update $m = V m^- + K z$ of every step, with $S = I + H P^- H^\top = L L^\top$.
 
-    def step(cov: Array, at: tuple) -> tuple[Array, Array]:
+    Attributes:
+        predicted: $P^-$.
+        filtered: $P = V P^- V^\top + K K^\top$, Joseph's form, which keeps its digits however small the noise.
+        retained: $V = I - K H$, the share of a prediction error that the update leaves.
+        gains: K.
+        white_weights: $L^{-1} H$.
+        whitener: $L^{-1}$.
+        pivots: Squared diagonal of L.
+    """
+
+    predicted: Array
+    filtered: Array
+    retained: Array
+    gains: Array
+    white_weights: Array
+    whitener: Array
+    pivots: Array
+
+
+def _run_covariances(weights: Array, covs: Array, rows: Array, num_lanes: int) -> _Updates:
+    """The one recursion of the covariances; rows h of unit noise are taken in one by one."""
+    constant, num_rows = rows.shape[0] == 1, rows.shape[1]
+    many_lanes = num_lanes > 1
+
+    def step(cov: Array, at: tuple) -> tuple[Array, Array | _Updates]:
         weights, noise, *varying = at
         rows_here = rows[0] if constant else varying[0]
         predicted = lanes.matmul(lanes.matmul(weights, cov), lanes.transpose(weights)) + noise
-        predicted = lanes.symmetrize(predicted)
-        cov = predicted
-        for row in rows_here:
-            cov_row = lanes.matvec(cov, row)
-            gain = cov_row / (1 + (row * cov_row).sum(axis=0))[None]
-            kept = cov - gain[:, None] * cov_row[None]
-            cov = kept + (gain - lanes.matvec(kept, row))[:, None] * gain[None]
-        return lanes.symmetrize(cov), predicted
 
-    start = jnp.zeros((state_dim, state_dim, num_lanes), weights.dtype)
-    varying = () if constant else (rows,)
-    return lax.scan(step, start, (weights, covs, *varying), length=num_timesteps)[1]
+        def seen_by(i: Any, cov: Array) -> tuple[Array, Array]:
+            row = lax.dynamic_index_in_dim(rows_here, i, keepdims=False)
+            seen = (cov * row[None]).sum(axis=1)
+            return seen, seen / (1 + (row * seen).sum(axis=0))[None]
+
+        def take_in(i: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            cov, seen, gain = carry  # so that there is a division for each entry of a column, not of the matrix
+            cov = cov - gain[:, None] * seen[None]
+            return cov, *seen_by(jnp.minimum(i + 1, num_rows - 1), cov)
+
+        unroll = num_rows <= MOST_UNROLLED_ROWS
+        cov = lax.fori_loop(0, num_rows, take_in, (predicted, *seen_by(0, predicted)), unroll=unroll)[0]
+        return cov, _update(predicted, rows_here) if many_lanes else predicted
+
+    start = jnp.zeros((*weights.shape[1:3], num_lanes), weights.dtype)
+    found = lax.scan(step, start, (weights, covs) if constant else (weights, covs, rows))[1]
+    if many_lanes:
+        return found
+    rows = rows[0] if constant else jnp.moveaxis(rows[..., 0], 0, -1)
+    steps_as_lanes = _update(jnp.moveaxis(found[..., 0], 0, -1), rows)
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0)[..., None], steps_as_lanes)
 
 
-class _Gains(eqx.Module):
-    r"""With $S = I + H P^- H^\top = L L^\top$.
-
-    Attributes:
-        factor: L.
-        weights: $L^{-1} H$.
-        gains: $L^{-1} H P^-$.
-        retained: $V = I - P^- H^\top S^{-1} H$, the share of a prediction error that the update leaves.
-        information: $F = H^\top S^{-1} H$.
-    """
-
-    factor: Array
-    weights: Array
-    gains: Array
-    retained: Array
-    information: Array
-
-    @staticmethod
-    def of(predicted_covs: Array, rows: Array) -> "_Gains":
-        rows_covs = lanes.matmul(rows, predicted_covs)
-        spread = lanes.symmetrize(lanes.matmul(rows_covs, lanes.transpose(rows)))
-        factor = lanes.cholesky(spread + lanes.identity(rows.shape[1], rows.dtype)[None])
-        weights, gains = lanes.solve_lower_matrix(factor, rows), lanes.solve_lower_matrix(factor, rows_covs)
-        retained = lanes.identity(rows.shape[2], rows.dtype)[None] - lanes.matmul(lanes.transpose(gains), weights)
-        return _Gains(factor, weights, gains, retained, lanes.matmul(lanes.transpose(weights), weights))
-
-    def filtered_covariances(self, predicted_covs: Array) -> Array:
-        r"""Joseph's form $V P^- V^\top + K K^\top$, $K^\top = L^{-\top} L^{-1} H P^-$, which keeps its digits however small the noise."""
-        gain = lanes.solve_lower_transposed_matrix(self.factor, self.gains)
-        kept = lanes.matmul(lanes.matmul(self.retained, predicted_covs), lanes.transpose(self.retained))
-        return lanes.symmetrize(kept + lanes.matmul(lanes.transpose(gain), gain))
+def _update(predicted: Array, rows: Array) -> _Updates:
+    """The update of one step of all patterns, or of all steps of one pattern."""
+    state_dim, num_rows, dtype = predicted.shape[0], rows.shape[0], predicted.dtype
+    eye = lanes.identity(num_rows, dtype)
+    rows_covs = lanes.matmul(rows, predicted)
+    innovation_covs = lanes.matmul(rows_covs, lanes.transpose(rows)) + eye
+    sides = [jnp.broadcast_to(side, (*side.shape[:2], predicted.shape[-1])) for side in (rows, eye)]
+    pivots, whitened = lanes.whiten(innovation_covs, jnp.concatenate([*sides, rows_covs], axis=1))
+    white_weights, whitener, white_covs = jnp.split(whitened, (state_dim, state_dim + num_rows), axis=1)
+    retained = lanes.identity(state_dim, dtype) - lanes.matmul(lanes.transpose(white_covs), white_weights)
+    gains = lanes.matmul(lanes.transpose(white_covs), whitener)
+    kept = lanes.matmul(lanes.matmul(retained, predicted), lanes.transpose(retained))
+    filtered = kept + lanes.matmul(gains, lanes.transpose(gains))
+    return _Updates(predicted, filtered, retained, gains, white_weights, whitener, pivots)
 
 
 def _recursion(matrices: Array, drive: Array, pattern: Array | None, reverse: bool = False) -> Array:
@@ -147,7 +167,7 @@ def _informations(propagated: Array, information: Array) -> Array:
     def step(carry: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
         propagated, information = at
         through = lanes.matmul(lanes.matmul(propagated, carry), lanes.transpose(propagated))
-        carry = lanes.symmetrize(information + through)
+        carry = information + through
         return carry, carry
 
     start = jnp.zeros(jnp.broadcast_shapes(propagated.shape[1:], information.shape[1:]), information.dtype)
@@ -173,10 +193,6 @@ def _leftover(params: ParamsLGSSM, trials: Trials, observations: Compressed, fil
     epsilon = jnp.finfo(values.dtype).eps
     loses_digits = epsilon * squares.sum() > max(LEFTOVER_ACCURACY, 8 * epsilon) * jnp.abs(difference).sum()
     return lax.cond(loses_digits, from_residuals, lambda: difference)
-
-
-def _diagonal(matrices: Array) -> Array:
-    return jnp.moveaxis(jnp.diagonal(matrices, axis1=-3, axis2=-2), -1, -2)
 
 
 def _transitions(params: ParamsLGSSM, plan: Plan) -> Transitions:

@@ -2,18 +2,20 @@
 
 from typing import Any
 
-import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
+from issm.inference.kalman import PosteriorGSSMFiltered
 from issm.inference.methods import check_method, choose_method, filter_and_smooth
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.trials import Trials, as_trials
 
 
-class PosteriorGSSMSmoothed(eqx.Module):
-    r"""Result of `lgssm_smoother`; every field has the leading trial axis of the data, if they have one.
+class PosteriorGSSMSmoothed(PosteriorGSSMFiltered):
+    r"""Result of `lgssm_smoother`: that of `lgssm_filter`, and the smoothed moments.
+
+    Every field has the leading trial axis of the data, if they have one.
 
     Attributes:
         marginal_loglik: $\log p(y_{0:T-1} \mid do(\cdot), u)$, `()`.
@@ -25,6 +27,8 @@ class PosteriorGSSMSmoothed(eqx.Module):
         smoothed_means: $E[x_t \mid y_{0:T-1}]$, `(num_timesteps, state_dim)`.
         smoothed_covariances: $Cov[x_t \mid y_{0:T-1}]$, `(num_timesteps, state_dim, state_dim)`.
         smoothed_cross_covariances: $Cov[x_t, x_{t+1} \mid y_{0:T-1}]$, `(num_timesteps - 1, state_dim, state_dim)`.
+        filtered_covariances_by_pattern, predicted_covariances_by_pattern, smoothed_covariances_by_pattern,
+            smoothed_cross_covariances_by_pattern, pattern: The covariances as they are held, see `PosteriorGSSMFiltered`.
 
     References:
         Durbin & Koopman (2012), sec. 4.4; Särkkä & Svensson (2023), theorem 12.2.
@@ -36,15 +40,19 @@ class PosteriorGSSMSmoothed(eqx.Module):
         (3, 1, 1)
     """
 
-    marginal_loglik: Float[Array, "*trials"]
-    filtered_means: Float[Array, "*trials num_timesteps state_dim"]
-    filtered_covariances: Float[Array, "*trials num_timesteps state_dim state_dim"]
-    predicted_means: Float[Array, "*trials num_timesteps state_dim"]
-    predicted_covariances: Float[Array, "*trials num_timesteps state_dim state_dim"]
-    logliks: Float[Array, "*trials num_timesteps"]
     smoothed_means: Float[Array, "*trials num_timesteps state_dim"]
-    smoothed_covariances: Float[Array, "*trials num_timesteps state_dim state_dim"]
-    smoothed_cross_covariances: Float[Array, "*trials num_timesteps_minus_1 state_dim state_dim"]
+    smoothed_covariances_by_pattern: Float[Array, "*patterns num_timesteps state_dim state_dim"]
+    smoothed_cross_covariances_by_pattern: Float[Array, "*patterns num_timesteps_minus_1 state_dim state_dim"]
+
+    @property
+    def smoothed_covariances(self) -> Float[Array, "*trials num_timesteps state_dim state_dim"]:
+        """$Cov[x_t | y_{0:T-1}]$ of every trial."""
+        return self._of_trials(self.smoothed_covariances_by_pattern)
+
+    @property
+    def smoothed_cross_covariances(self) -> Float[Array, "*trials num_timesteps_minus_1 state_dim state_dim"]:
+        """$Cov[x_t, x_{t+1} | y_{0:T-1}]$ of every trial."""
+        return self._of_trials(self.smoothed_cross_covariances_by_pattern)
 
 
 def lgssm_smoother(
@@ -100,12 +108,13 @@ def _smoother(params: ParamsLGSSM, trials: Trials, method: str) -> PosteriorGSSM
         PosteriorGSSMSmoothed(
             marginal_loglik=moments.logliks.sum(axis=1),
             filtered_means=moments.filtered_means,
-            filtered_covariances=trials.spread(moments.filtered_covs),
             predicted_means=moments.predicted_means,
-            predicted_covariances=trials.spread(moments.predicted_covs),
             logliks=moments.logliks,
+            filtered_covariances_by_pattern=moments.filtered_covs,
+            predicted_covariances_by_pattern=moments.predicted_covs,
+            pattern=trials.pattern,
             smoothed_means=moments.smoothed_means,
-            smoothed_covariances=trials.spread(moments.smoothed_covs),
-            smoothed_cross_covariances=trials.spread(moments.smoothed_cross_covs),
+            smoothed_covariances_by_pattern=moments.smoothed_covs,
+            smoothed_cross_covariances_by_pattern=moments.smoothed_cross_covs,
         )
     )
