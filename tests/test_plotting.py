@@ -69,6 +69,18 @@ def test_residuals(ax, kind):
         np.testing.assert_array_equal(ax.lines[0].get_xdata(), [0, 1, 2, 0, 1, 2])
 
 
+def test_state_dim_selection(ax):
+    scores = {"aic": ([-3.0, -1.0, -1.5], [0.0] * 3), "held_out_trials": ([-3.0, -1.1, -1.0], [0.2, 0.3, 0.0])}
+    selection = SimpleNamespace(
+        dims=(1, 2, 4), criterion="held_out_trials", choices={"aic": 2, "held_out_trials": 2}, score=scores.get
+    )
+    plotting.plot_state_dim_selection(selection, ax=ax)
+    np.testing.assert_array_equal(ax.containers[0].lines[0].get_xydata(), [[1, -3.0], [2, -1.1], [4, -1.0]])
+    assert ax.lines[-1].get_xdata() == [2, 2]
+    plotting.plot_state_dim_selection(selection, "aic", label="AIC", ax=ax)
+    np.testing.assert_array_equal(ax.containers[1].lines[0].get_ydata(), scores["aic"][0])
+
+
 def test_a_new_figure_where_no_axes_are_given():
     from matplotlib import pyplot
 

@@ -8,12 +8,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from issm._check import as_array, as_float_array, fail, is_concrete
-from issm.inference.held_out import predict_held_out
+from issm.inference.held_out import emission_groups, predict_held_out
 from issm.interventions import Intervention
 from issm.metrics.agreement import r2
 from issm.models.lgssm import ParamsLGSSM, check_params
-
-MOST_GROUPS = 5
 
 
 class CoSmoothing(eqx.Module):
@@ -96,7 +94,7 @@ def co_smoothing(
 
 def _as_groups(groups: Any, emission_dim: int) -> np.ndarray:
     if groups is None:
-        groups = np.arange(emission_dim) % min(MOST_GROUPS, emission_dim)
+        groups = emission_groups(emission_dim)
     if not is_concrete(groups):
         fail("groups", got="values that JAX traces", expected="concrete integers", remedy="Close over them.")
     groups = np.asarray(as_array("groups", groups))

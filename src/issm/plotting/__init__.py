@@ -10,6 +10,7 @@ from issm.plotting.experiments import plot_comparison as plot_comparison
 from issm.plotting.experiments import plot_connectivity as plot_connectivity
 from issm.plotting.experiments import plot_design as plot_design
 from issm.plotting.residuals import plot_residuals as plot_residuals
+from issm.plotting.selection import plot_state_dim_selection as plot_state_dim_selection
 from issm.plotting.series import plot_flow_field as plot_flow_field
 from issm.plotting.series import plot_interventions as plot_interventions
 from issm.plotting.series import plot_log_probs as plot_log_probs
