@@ -114,6 +114,9 @@ FUNCTIONS = {
         a["inputs"], interventions=plan(a), num_bootstrap=5),
     "design_interventions": lambda a: issm.design_interventions(
         params(a), [plan(a), issm.no_intervention(4, 2)], budget=2, inputs=a["inputs"]),
+    "compare": lambda a: issm.compare(
+        KEY, {"clamps": (params(a), "clamps"), "ignored": (params(a), "ignored")}, jnp.stack([a["emissions"], -a["emissions"]]),
+        a["inputs"], interventions=plan(a), num_bootstrap=5),
     "do": lambda a: issm.do({0: a["value"][0, 0], 1: a["value"][1:3, 0]}, num_timesteps=4, state_dim=2, start=1, stop=3),
     "elbo": lambda a: issm.elbo(KEY, bent(a), potentials_of(a), a["emissions"], a["inputs"], interventions=plan(a)),
     "fit_em": lambda a: infer(issm.fit_em, num_iters=2, tol=0.0)(a).params,
@@ -153,6 +156,7 @@ FUNCTIONS = {
     "transform_params": lambda a: issm.transform_params(params(a), a["emissions_weights"], a["inputs"][:2, 0]),
 }  # fmt: skip
 NOT_OF_ARRAYS = {
+    "check_clamps": "calls the user's fit for every channel, and decides between them in Python",
     "placebo_effects": "calls the user's fit for every date",
     "structural_model": "looks at the series before anything is compiled, and says so when it is traced",
     "bootstrap": "compiles and batches its refits itself, and says so when the data are traced",

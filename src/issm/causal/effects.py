@@ -1,5 +1,6 @@
 r"""What a plan changes: $E[y_t \mid do(\pi_1), h] - E[y_t \mid do(\pi_0), h]$, with its uncertainty."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -13,6 +14,7 @@ from issm._linalg import safe_sqrt, symmetrize
 from issm.causal.history import History, Scenario, as_scenario, plan_params
 from issm.causal.predict import quantile_of_level
 from issm.causal.readout import Readout, as_readout, as_window
+from issm.causal.summaries import effect_table
 from issm.causal.twin import twin_transitions
 from issm.causal.uncertainty import (
     Directions,
@@ -124,6 +126,16 @@ class EffectEstimate(eqx.Module):
         """Upper end of the interval at every step."""
         return self.per_step.upper
 
+    def summary(self) -> str:
+        """Average, cumulative and relative effect of every output (and trial), with interval and two-sided tail probability.
+
+        Returns:
+            A table.
+        """
+        end = jax.tree.map(lambda leaf: leaf[..., -1, :], self.cumulative)
+        parts = {"average": self.average, "cumulative": end, "relative": self.relative}
+        return effect_table(parts, title=f"Effect over the window, {float(self.level):.0%} intervals")
+
 
 def causal_effect(
     params: ParamsLGSSM,
@@ -228,17 +240,26 @@ def _causal_effect(
     def summaries(params: ParamsLGSSM) -> Summaries:
         return _summaries(params, scenario, readout, window, average_trials)
 
+    effects = effects_of(summaries, params, uncertain, z)
+    return EffectEstimate(effects.per_step, effects.cumulative, effects.average, effects.relative, level)
+
+
+def effects_of(
+    summaries: Callable[[ParamsLGSSM], Summaries],
+    params: ParamsLGSSM,
+    uncertain: ParamsLGSSM | Directions | None,
+    z: Float[Array, ""],
+) -> Any:
+    """An `Effect` in the place of every `Normal` that `summaries` returns for some parameters."""
     is_normal = lambda node: isinstance(node, Normal)  # noqa: E731
     if uncertain is None:
-        effects = jax.tree.map(lambda known: _effect(known, z), summaries(params), is_leaf=is_normal)
-    elif isinstance(uncertain, Directions):
+        return jax.tree.map(lambda known: _effect(known, z), summaries(params), is_leaf=is_normal)
+    if isinstance(uncertain, Directions):
         known, derivative = jax.linearize(summaries, params)
         changes = jax.vmap(derivative)(uncertain.columns)
-        effects = jax.tree.map(lambda at, change: _effect_by_change(at, change, z), known, changes, is_leaf=is_normal)
-    else:
-        drawn = lax.map(summaries, uncertain, batch_size=DRAWS_AT_ONCE)
-        effects = jax.tree.map(lambda draws: _effect_of_draws(draws, z), drawn, is_leaf=is_normal)
-    return EffectEstimate(effects.per_step, effects.cumulative, effects.average, effects.relative, level)
+        return jax.tree.map(lambda at, change: _effect_by_change(at, change, z), known, changes, is_leaf=is_normal)
+    drawn = lax.map(summaries, uncertain, batch_size=DRAWS_AT_ONCE)
+    return jax.tree.map(lambda draws: _effect_of_draws(draws, z), drawn, is_leaf=is_normal)
 
 
 def _summaries(

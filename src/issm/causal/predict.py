@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from issm._check import fail, is_concrete
 from issm._linalg import safe_sqrt, symmetrize
 from issm.causal.history import History, Scenario, as_scenario, plan_params
+from issm.causal.summaries import prediction_table
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM, as_matrix, over_time
 from issm.models.sampling import emission_means
@@ -80,6 +81,14 @@ class Prediction(eqx.Module):
 
     states: Moments
     emissions: Moments
+
+    def summary(self) -> str:
+        """Mean and standard deviation of states and emissions at some steps, over all trials if there are several.
+
+        Returns:
+            A table.
+        """
+        return prediction_table({"state": self.states, "emission": self.emissions})
 
 
 def interventional_prediction(

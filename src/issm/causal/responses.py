@@ -14,6 +14,7 @@ from issm._check import as_float_array, check_finite, fail
 from issm._linalg import safe_sqrt
 from issm.causal.effects import DRAWS_AT_ONCE
 from issm.causal.predict import quantile_of_level
+from issm.causal.summaries import response_table
 from issm.causal.uncertainty import Directions, Spread, as_uncertain_parameters, empirical_spread, normal_spread
 from issm.models.lgssm import ParamsLGSSM, TimeVarying, check_params, values_of
 
@@ -77,6 +78,16 @@ class ImpulseResponse(eqx.Module):
     def emissions(self) -> Float[Array, "num_steps_and_pulse emission_dim"]:
         """Response of every emission at every step."""
         return self.per_step.emissions
+
+    def summary(self) -> str:
+        """Responses at some steps after the pulse, with their standard deviations where parameters are uncertain.
+
+        Returns:
+            A table.
+        """
+        each = self.per_step
+        parts = {"state": (each.states, each.states_spread), "emission": (each.emissions, each.emissions_spread)}
+        return response_table(parts, rows_name="step", columns_name="", title="Response to a pulse")
 
 
 def impulse_response(

@@ -10,10 +10,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import fail
+from issm._tables import join_words
 from issm.causal.predict import quantile_of_level
 from issm.causal.responses import (
     Response,
@@ -24,6 +26,7 @@ from issm.causal.responses import (
     course,
     with_uncertainty,
 )
+from issm.causal.summaries import response_table
 from issm.causal.uncertainty import Directions, as_uncertain_parameters
 from issm.models.lgssm import ParamsLGSSM, values_of
 
@@ -70,6 +73,23 @@ class SustainedEffect(eqx.Module):
     def emissions(self) -> Float[Array, "emission_dim *sources"]:
         """Effect on every emission in the limit."""
         return self.limit.emissions
+
+    def summary(self) -> str:
+        """Effects in the limit: a row for every state or emission, a column for every source.
+
+        Returns:
+            Two tables, and which limits do not exist.
+        """
+        parts = []
+        for name in ("states", "emissions"):
+            values, spread = getattr(self.limit, name), getattr(self.limit, f"{name}_spread")
+            if values.ndim == 1:
+                values, spread = values[:, None], jax.tree.map(lambda leaf: leaf[:, None], spread)
+            table = {"": (values, spread)}
+            parts.append(response_table(table, rows_name=name, columns_name="of source", title=f"Effect on {name}"))
+        unstable = np.flatnonzero(~np.atleast_1d(np.asarray(self.stable)))
+        note = [f"no limit for source {join_words(unstable)}: the other states run away"] if len(unstable) else []
+        return "\n\n".join(parts + note)
 
 
 def total_effects(

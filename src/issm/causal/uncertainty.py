@@ -109,9 +109,9 @@ _psd_cholesky = jax.jit(psd_cholesky)
 
 
 def normal_spread(mean: Float[Array, "*shape"], sd: Float[Array, "*shape"], z: Float[Array, ""]) -> Spread:
-    """Spread of N(mean, sd²), sd zero included."""
+    """Spread of N(mean, sd²), sd zero included; all of it is NaN where the mean is."""
     at_most_zero, at_least_zero = _normal_tails(mean, sd)
-    return Spread(
+    known = Spread(
         sd=sd,
         lower=mean - z * sd,
         upper=mean + z * sd,
@@ -119,6 +119,7 @@ def normal_spread(mean: Float[Array, "*shape"], sd: Float[Array, "*shape"], z: F
         prob_negative=1 - at_least_zero,
         p_value=_two_sided(at_most_zero, at_least_zero),
     )
+    return jax.tree.map(lambda leaf: jnp.where(jnp.isnan(mean), jnp.nan, leaf), known)
 
 
 def empirical_spread(draws: Float[Array, "num_draws *shape"], z: Float[Array, ""]) -> Spread:

@@ -14,10 +14,11 @@ import numpy as np
 
 import issm
 from issm import metrics
+from issm.causal.stimulation import roll_out
 from issm.cli.config import Config, ConfigError, ModelSection
 from issm.cli.data import Dataset, Trials, load_data
 from issm.cli.errors import Coefficient, standard_errors
-from issm.interventions import Intervention, no_intervention
+from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM, make_lgssm_params
 
 REQUIRED = ("initial_mean", "initial_cov", "dynamics_weights", "dynamics_cov", "emissions_weights", "emissions_cov")
@@ -147,12 +148,10 @@ def stimulate_model(
 ) -> tuple[Intervention | None, np.ndarray | None]:
     """The clamps and the inputs that a model is given."""
     columns = [dataset.input_names.index(name) for name in _chosen_inputs(section, dataset)]
-    inputs = trials.inputs[..., columns]
-    clamps = trials.clamps
-    if section.stimulation == "inputs" and clamps is not None:
-        inputs = np.concatenate([inputs, np.asarray(clamps.value)], axis=-1)
-    if section.stimulation != "clamps":
-        clamps = None
+    inputs, clamps = trials.inputs[..., columns], trials.clamps
+    if clamps is not None:
+        seen = issm.stimulation_as(section.stimulation, clamps, inputs)
+        inputs, clamps = np.asarray(seen["inputs"]), seen["interventions"]
     if clamps is not None:
         missing = section.state_dim - clamps.state_dim
         if missing < 0:
@@ -190,7 +189,7 @@ def _start(
         if given[name].shape != (rows, input_dim):
             raise ValueError(f"start.{name}: got shape {given[name].shape}; expected {(rows, input_dim)}.")
     if not all(name in given for name in REQUIRED):
-        found = issm.initialize_lgssm(key, emissions, section.state_dim, inputs=inputs, interventions=clamps)
+        found = issm.initialize_lgssm(key, emissions, section.state_dim, inputs=inputs, interventions=clamps).params
         given = fields_of(found) | {name: given[name] for name in section.start}
     try:
         start = make_lgssm_params(**given)
@@ -235,22 +234,10 @@ def _roll_out(
     params: ParamsLGSSM, emissions: np.ndarray, clamps: Intervention | None, inputs: np.ndarray | None, history: int
 ) -> Rollout:
     """Predict everything after the first steps of each trial from the stimulation alone."""
-    num_trials, num_timesteps, _ = emissions.shape
-    cut = lambda tree, steps: jax.tree.map(lambda leaf: leaf[:, steps], tree)  # noqa: E731
-    before, after = slice(None, history), slice(history, None)
-    past = issm.History(
-        emissions[:, before],
-        None if inputs is None else inputs[:, before],
-        None if clamps is None else cut(clamps, before),
-    )
-    free = no_intervention(num_timesteps - history, params.state_dim)
-    plan = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_trials), free) if clamps is None else cut(clamps, after)
-    prediction = issm.interventional_prediction(
-        params, plan, history=past, inputs=None if inputs is None else inputs[:, after]
-    )
+    prediction = roll_out(params, jnp.asarray(emissions), inputs, clamps, history)
     mean = np.asarray(prediction.emissions.mean)
     lower, upper = (np.asarray(end) for end in prediction.emissions.interval(0.95))
-    truth = emissions[:, after]
+    truth = emissions[:, history:]
     seen = ~np.isnan(truth)
     inside = (truth >= lower) & (truth <= upper)
     return Rollout(mean, lower, upper, float(metrics.r2(truth, mean)), float(inside[seen].mean()))
