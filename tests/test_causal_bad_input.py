@@ -50,6 +50,31 @@ def mediated(**options):
     return lambda: issm.controlled_direct_effect(PARAMS, **{"source": 0, "mediators": []} | options)
 
 
+def held_out(models=None, **options):
+    given = dict(key=jax.random.key(0), emissions=np.zeros((2, 4, 3)), interventions=PLAN)
+    models = {"m": (PARAMS, "clamps")} if models is None else models
+    return lambda: issm.compare(models=models, **given | options)
+
+
+def clamp_test(**options):
+    trials = dict(
+        interventions=PLAN, test_emissions=np.zeros((2, 4, 3)), test_interventions=PLAN, fit=lambda *_: PARAMS
+    )
+    return lambda: issm.check_clamps(jax.random.key(0), emissions=np.zeros((2, 4, 3)), **trials | options)
+
+
+def design(**options):
+    return lambda: issm.design_interventions(PARAMS, **{"candidates": [PLAN], "budget": 1} | options)
+
+
+def seen(**options):
+    return lambda: issm.observed_effect(PARAMS, np.zeros((4, 3)), **{"start": 2} | options)
+
+
+def placebo(**options):
+    return lambda: issm.placebo_effects(lambda *_: PARAMS, Y, num_timesteps=2, **options)
+
+
 CALLS = {
     "draws for parameters": (predict(DRAWS, PLAN), "params.initial.mean", "(5, 2)"),
     "parameters that are none": (predict(MODEL, PLAN), "params", "a dict"),
@@ -133,6 +158,51 @@ CALLS = {
         lambda: issm.identifiability(PLAN, PARAMS, Y[:1].repeat(4, 0), trainable=[True]), "trainable", "structure"),
     "a plan of other states than the clamps": (lambda: SUPPORT.check_plan(ELSEWHERE), "plan", "(3,)"),
     "a check of no plan": (lambda: SUPPORT.check_plan(None), "plan", "NoneType"),
+    "comparing on one sequence": (held_out(emissions=Y), "emissions", "(3, 3)"),
+    "comparing on one trial": (held_out(emissions=np.zeros((1, 4, 3))), "emissions", "two trials"),
+    "comparing nothing": (held_out({}), "models", "{}"),
+    "comparing a model that does not say what it sees": (held_out({"m": PARAMS}), "models['m']", "ParamsLGSSM"),
+    "comparing a model that sees something else": (held_out({"m": (PARAMS, "drugs")}), "models['m'].seen_as", "drugs"),
+    "comparing a model without the inputs it was fitted with": (held_out({"m": (PARAMS, "inputs")}), "models['m'].inputs", "(4, 2)"),
+    "comparing without a key": (held_out(key=0), "key", "int"),
+    "comparing after all steps": (held_out(history=4), "history", "at most 3"),
+    "comparing with one resampling": (held_out(num_bootstrap=1), "num_bootstrap", "1"),
+    "comparing under no plan": (held_out(interventions=None), "interventions", "NoneType"),
+    "a view of no plan": (lambda: issm.stimulation_as("inputs", None), "interventions", "NoneType"),
+    "a view with inputs of another length": (lambda: issm.stimulation_as("inputs", PLAN, np.zeros((3, 1))), "inputs", "(3, 1)"),
+    "a check of clamps without any": (
+        clamp_test(interventions=issm.no_intervention(4, 2)), "interventions", "no clamp"),
+    "a check of clamps on one trial": (clamp_test(test_emissions=np.zeros((1, 4, 3))), "test_emissions", "(1, 4, 3)"),
+    "a check of clamps with a fit that is none": (clamp_test(fit=PARAMS), "fit", "ParamsLGSSM"),
+    "a check of clamps with a fit that returns its log": (clamp_test(fit=lambda *_: [1.0]), "fit", "a list"),
+    "designing without candidates": (design(candidates=[]), "candidates", "a list"),
+    "designing with one candidate alone": (design(candidates=PLAN), "candidates", "(4, 2)"),
+    "designing with candidates of two lengths": (design(candidates=[PLAN, LONGER]), "candidates[1]", "(5, 2)"),
+    "designing for another model": (design(candidates=[ELSEWHERE]), "candidates", "(1, 4, 3)"),
+    "designing for no trial": (design(budget=0), "budget", "0"),
+    "designing by another letter": (design(criterion="E"), "criterion", "'E'"),
+    "designing for two effects": (design(criterion=lambda p: p.dynamics.bias), "criterion", "(2,)"),
+    "designing on no information": (design(information=np.zeros((2, 3, 3))), "information", "singular"),
+    "designing on information of another model": (design(information=np.eye(3)), "information", "(3, 3)"),
+    "designing within crossed bounds": (design(bounds=(1.0, -1.0)), "bounds", "above"),
+    "designing within one bound": (design(bounds=1.0), "bounds", "1.0"),
+    "designing in a model that varies": (
+        lambda: issm.design_interventions(VARYING, [PLAN], budget=1), "params.dynamics.weights", "TimeVarying"),
+    "an effect before the series": (seen(start=0), "start", "0"),
+    "an effect after the series": (seen(start=4), "start", "4"),
+    "an effect on many trials": (lambda: issm.observed_effect(PARAMS, np.zeros((2, 4, 3)), start=2), "emissions", "one sequence"),
+    "an effect on a past without data": (
+        lambda: issm.observed_effect(PARAMS, np.array([[np.nan] * 3, [0.0] * 3]), start=1), "history.emissions", "NaN"),
+    "an effect over no step": (seen(window=(1, 1)), "window", "(1, 1)"),
+    "an observed effect with draws of the wrong model": (seen(parameters=PARAMS), "parameters", "leading axis"),
+    "a placebo after the series": (placebo(starts=[2]), "starts", "step 2"),
+    "no placebo": (placebo(starts=[]), "starts", "[]"),
+    "a structure for two series": (lambda: issm.structural_model(np.zeros((9, 2))), "emissions", "(9, 2)"),
+    "a structure for nothing": (lambda: issm.structural_model(np.full((9, 1), np.nan)), "emissions", "0 finite"),
+    "a season of one step": (lambda: issm.structural_model(np.zeros((9, 1)), seasonal=1), "seasonal", "1"),
+    "a regressor of another length": (lambda: issm.structural_model(np.zeros((9, 1)), np.zeros((8, 1))), "inputs", "(8, 1)"),
+    "a regressor with gaps": (lambda: issm.structural_model(np.zeros((9, 1)), np.full((9, 1), np.nan)), "inputs", "NaN"),
+    "a regressor that does not vary": (lambda: issm.structural_model(np.zeros((9, 1)), np.ones((9, 1))), "inputs", "constant"),
     "an average over no trials": (effect(average_trials=True), "average_trials", "single sequence"),
 }  # fmt: skip
 
