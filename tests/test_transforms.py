@@ -109,9 +109,6 @@ FUNCTIONS = {
     ),
     "counterfactual": infer(lambda p, y, u, interventions: issm.counterfactual(
         p, y, issm.no_intervention(4, 2), interventions=interventions, inputs=u)),
-    "compare": lambda a: issm.compare(
-        KEY, {"clamps": (params(a), "clamps"), "ignored": (params(a), "ignored")}, jnp.stack([a["emissions"], -a["emissions"]]),
-        a["inputs"], interventions=plan(a), num_bootstrap=5),
     "design_interventions": lambda a: issm.design_interventions(
         params(a), [plan(a), issm.no_intervention(4, 2)], budget=2, inputs=a["inputs"]),
     "compare": lambda a: issm.compare(
@@ -156,7 +153,6 @@ FUNCTIONS = {
     "transform_params": lambda a: issm.transform_params(params(a), a["emissions_weights"], a["inputs"][:2, 0]),
 }  # fmt: skip
 NOT_OF_ARRAYS = {
-    "check_clamps": "calls the user's fit for every channel, and decides between them in Python",
     "placebo_effects": "calls the user's fit for every date",
     "structural_model": "looks at the series before anything is compiled, and says so when it is traced",
     "bootstrap": "compiles and batches its refits itself, and says so when the data are traced",
