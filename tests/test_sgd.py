@@ -244,5 +244,7 @@ def test_bad_input():
         issm.fit_sgd(eqx.tree_at(lambda p: p.dynamics.cov, TRUTH, jnp.zeros(1)), emissions)
     with pytest.raises(ValueError, match="loss: got None for parameters of type dict"):
         issm.fit_sgd({"mean": jnp.zeros(())}, emissions)
+    with pytest.raises(ValueError, match=r"loss: got a function whose value has shape \(3, 12, 2\)"):
+        issm.fit_sgd({"mean": jnp.zeros(())}, emissions, loss=lambda p, y, u, plan: y - p["mean"])
     with pytest.raises(ValueError, match="params: got no floating-point"):
         issm.fit_sgd({"mean": 1}, emissions, loss=squares)

@@ -52,7 +52,15 @@ class UserLoss(eqx.Module):
 
     def __call__(self, params: Any, data: Data) -> Float[Array, ""]:
         """The loss of a batch."""
-        return self.function(params, data.emissions, data.inputs, data.interventions)
+        value = self.function(params, data.emissions, data.inputs, data.interventions)
+        if jnp.shape(value) != ():
+            fail(
+                "loss",
+                got=f"a function whose value has shape {jnp.shape(value)}",
+                expected="one number",
+                remedy="Take the mean over the trials.",
+            )
+        return value
 
 
 def as_data(emissions: Any, inputs: Any, interventions: Any) -> Data:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from issm._check import check_key, fail, is_concrete
 from issm._types import PRNGKey
 from issm.fitting.em import fit_em
-from issm.fitting.intervals import check_level, quantiles
+from issm.fitting.intervals import check_level, means, quantiles, standard_deviations
 from issm.fitting.priors import Priors
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM
@@ -124,14 +124,13 @@ def bootstrap(
 
     Examples:
         >>> import jax, issm
-        >>> truth = issm.make_lgssm_params([0.0], [1.0], [[0.9]], [0.1], [[1.0]], [0.5])
+        >>> truth = issm.make_lgssm_params(0.0, 1.0, 0.9, 0.1, 1.0, 0.5)
         >>> plan = issm.do({0: 2.0}, num_timesteps=30, state_dim=1, start=10, stop=20)
         >>> _, emissions = issm.lgssm_sample(jax.random.key(0), truth, 30, interventions=plan)
         >>> refits = issm.bootstrap(
-        ...     jax.random.key(1), truth, emissions, interventions=plan, num_samples=4, num_iters=3)
-        >>> effect = issm.causal_effect(truth, plan, parameters=refits.draws)
-        >>> effect.per_step.parameter.sd.shape
-        (30, 1)
+        ...     jax.random.key(1), truth, emissions, interventions=plan, num_samples=3, num_iters=2)
+        >>> bool(refits.standard_errors.dynamics.weights[0, 0] > 0)
+        True
     """
     check_key(key)
     _check_options(kind, num_samples, num_at_once)
@@ -182,8 +181,8 @@ def _refit(
     return Bootstrap(
         params=params,
         draws=draws,
-        standard_errors=jax.tree.map(lambda leaf: leaf.std(axis=0, ddof=1), draws),
-        bias=jax.tree.map(lambda leaf, own: leaf.mean(axis=0) - own, draws, params),
+        standard_errors=standard_deviations(draws),
+        bias=jax.tree.map(lambda leaf, own: leaf - own, means(draws), params),
         log_probs=log_probs,
         converged=converged,
         num_iters=counts,

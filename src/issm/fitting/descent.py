@@ -102,6 +102,7 @@ def _epoch(state: State, problem: Problem, method: Method, last: int) -> State:
     judged = loss
     if problem.watched is not None:
         judged = problem.watched_loss(_parameters(state.point, problem, method), problem.watched)
+        judged = judged.astype(loss.dtype)
     finite = jnp.isfinite(judged)
     better = (judged < state.best_loss) if watched else (code == Code.RUNNING) & finite
     improved = judged < state.improved_loss - problem.tol
@@ -161,7 +162,7 @@ def _step(
     moves = learns & (now == Code.RUNNING)
     like = lambda a, b: a if a.dtype == b.dtype else a.astype(b.dtype)  # noqa: E731
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(moves, like(a, b), b), new, old)  # noqa: E731
-    return (keep(new, point), keep(new_memory, memory), now, broken), jnp.asarray(loss)
+    return (keep(new, point), keep(new_memory, memory), now, broken), jnp.asarray(loss, problem.tol.dtype)
 
 
 def _parameters(point: Any, problem: Problem, method: Method) -> Any:

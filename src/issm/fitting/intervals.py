@@ -1,4 +1,4 @@
-"""Central intervals of draws of the parameters."""
+"""Means, standard deviations and central intervals of draws of the parameters; exact for an entry that never moves."""
 
 from typing import Any
 
@@ -20,3 +20,13 @@ def quantiles(draws: Any, level: float) -> tuple[Any, Any]:
     tail = (1 - level) / 2
     lower, upper = (jax.tree.map(lambda leaf, q=q: jnp.quantile(leaf, q, axis=0), draws) for q in (tail, 1 - tail))
     return lower, upper
+
+
+def means(draws: Any) -> Any:
+    """Mean of every entry over the leading axis."""
+    return jax.tree.map(lambda leaf: leaf[0] + (leaf - leaf[:1]).mean(axis=0), draws)
+
+
+def standard_deviations(draws: Any) -> Any:
+    """Standard deviation of every entry over the leading axis."""
+    return jax.tree.map(lambda leaf: (leaf - leaf[:1]).std(axis=0, ddof=1), draws)

@@ -84,10 +84,10 @@ def fit_sgd(
 
     Examples:
         >>> import jax, issm
-        >>> truth = issm.make_lgssm_params([0.0], [1.0], [[0.9]], [0.1], [[1.0], [2.0]], [0.5, 0.5])
-        >>> plan = issm.do({0: 2.0}, num_timesteps=60, state_dim=1, start=20, stop=40)
-        >>> _, emissions = issm.lgssm_sample(jax.random.key(0), truth, 60, interventions=plan)
-        >>> fit = issm.fit_sgd(truth, emissions, interventions=plan, num_epochs=20)
+        >>> truth = issm.make_lgssm_params(0.0, 1.0, 0.9, 0.1, 1.0, 0.5)
+        >>> plan = issm.do({0: 2.0}, num_timesteps=50, state_dim=1, start=20, stop=40)
+        >>> _, emissions = issm.lgssm_sample(jax.random.key(0), truth, 50, interventions=plan)
+        >>> fit = issm.fit_sgd(truth, emissions, interventions=plan, num_epochs=3)
         >>> bool(fit.log_probs[-1] > fit.log_probs[0])
         True
     """

@@ -11,6 +11,7 @@ weight of an input that was never on), wherever it is computed: it tells what is
 maximum, and a fit that stopped early is none; H tells how well the rest is known.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -21,14 +22,16 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from issm._check import is_concrete
+from issm._check import fail, is_concrete
+from issm._constraints import check_interior, constrain, unconstrain
 from issm._linalg import safe_sqrt, symmetrize
+from issm._trees import apply_mask, trainable_masks
 from issm.fitting.result import FIELDS
-from issm.inference.information import DERIVATIVES_AT_ONCE, free_directions, observed_information
+from issm.inference.information import DERIVATIVES_AT_ONCE, along, free_directions, observed_information
 from issm.inference.likelihood import log_likelihoods
 from issm.inference.methods import choose_method, filter_and_smooth
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, apply_weights, as_matrix, over_time
+from issm.models.lgssm import ParamsLGSSM, TimeVarying, apply_weights, as_matrix, over_time
 from issm.models.transitions import emission_offsets
 from issm.models.trials import Trials, as_trials
 
@@ -40,6 +43,9 @@ SMALLEST_CURVATURE = 1e-2
 
 LARGEST_PART = {"unidentified": 1e-4, "not_maximal": 1e-2}
 """An entry has no standard error if more than this of it lies in what is left out: of its square, or of its variance by F."""
+
+
+SCALES = ("natural", "unconstrained")
 
 
 class ParameterCovariance(eqx.Module):
@@ -112,13 +118,13 @@ def parameter_covariance(
     *,
     interventions: Intervention | None = None,
     trainable: Any = None,
+    scale: str = "natural",
 ) -> ParameterCovariance:
     r"""Covariance of maximum likelihood estimates by the observed information, $(-\nabla^2 \log p(y \mid do(\cdot), u))^{-1}$.
 
     The data must be those of the fit, and `params` a maximum: the result says in `remaining_gain` how far it is from one. What
     the data cannot tell is left out and named in `reason`, not made up: without enough clamps, for instance, the basis of the
-    states is free. Freeze in `trainable` what is known. Derivatives are with respect to the entries themselves (variances, not
-    their logarithms); a full covariance counts by its lower triangle.
+    states is free. Freeze in `trainable` what is known. A full covariance counts by its lower triangle.
 
     Args:
         params: Fitted parameters. `TimeVarying` fields count as known.
@@ -127,6 +133,10 @@ def parameter_covariance(
         interventions: Clamps, shared or one for each trial. None: no clamps.
         trainable: What was estimated: a pytree prefix of `params` with Booleans, or Boolean arrays for single entries. None:
             everything but `TimeVarying` fields.
+        scale: What the covariance is of. "natural": the entries themselves, as `causal_effect` takes it. "unconstrained": what a
+            gradient moves freely, variances by their logarithm and full covariances by their Cholesky factor with the
+            logarithm of its diagonal; an interval for a logarithm is closer to right with few data, and never reaches
+            below zero.
 
     Returns:
         The covariance of all parameters, their standard errors, and what was left out.
@@ -140,25 +150,33 @@ def parameter_covariance(
 
     Examples:
         >>> import equinox as eqx, jax, issm
-        >>> params = issm.make_lgssm_params(0.0, 1.0, 0.8, 1.0, 1.0, 0.5)
-        >>> _, emissions = issm.lgssm_sample(jax.random.key(0), params, 100)
-        >>> only_weights = eqx.tree_at(lambda p: p.dynamics.weights, jax.tree.map(lambda _: False, params), True)
-        >>> uncertainty = issm.parameter_covariance(params, emissions, trainable=only_weights)
-        >>> 0.04 < float(uncertainty.standard_errors.dynamics.weights[0, 0]) < 0.12
+        >>> params = issm.make_lgssm_params(0.0, 1.0, 0.8, 1.0, 1.0, 0.1)
+        >>> _, emissions = issm.lgssm_sample(jax.random.key(0), params, 50)
+        >>> both = lambda p: (p.dynamics.weights, p.dynamics.cov)
+        >>> trainable = eqx.tree_at(both, jax.tree.map(lambda _: False, params), (True, True))
+        >>> uncertainty = issm.parameter_covariance(params, emissions, trainable=trainable)
+        >>> 0.05 < float(uncertainty.standard_errors.dynamics.weights[0, 0]) < 0.2
         True
     """
     trials = as_trials(params, emissions, inputs, interventions)
     directions = free_directions(params, trainable)
-    return _parameter_covariance(params, trials, directions, choose_method("auto", params, trials))
+    if scale not in SCALES:
+        fail("scale", got=repr(scale), expected=f"one of {SCALES}", remedy='"natural" is what `causal_effect` takes.')
+    if scale == "unconstrained":
+        check_interior(params, trainable_masks(params, trainable, fixed=TimeVarying), "params")
+    return _parameter_covariance(params, trials, directions, choose_method("auto", params, trials), scale)
 
 
-@jax.jit(static_argnames="method")
-def _parameter_covariance(params: ParamsLGSSM, trials: Trials, directions: Array, method: str) -> ParameterCovariance:
+@jax.jit(static_argnames=("method", "scale"))
+def _parameter_covariance(
+    params: ParamsLGSSM, trials: Trials, directions: Array, method: str, scale: str
+) -> ParameterCovariance:
     flat, unravel = ravel_pytree(params)
-    log_prob = lambda step: log_likelihoods(unravel(flat + directions @ step), trials, method).sum()  # noqa: E731
+    at = along(params, directions) if scale == "natural" else _along_coordinates(params, directions)
+    log_prob = lambda step: log_likelihoods(at(step), trials, method).sum()  # noqa: E731
     score = jax.grad(log_prob)(jnp.zeros(directions.shape[1], flat.dtype))
-    observed = observed_information(params, trials, directions, method)
-    expected = lax.stop_gradient(_predictive_information(params, trials, directions, method))
+    observed = observed_information(params, trials, directions, method, at=at)
+    expected = lax.stop_gradient(_predictive_information(at, jnp.zeros_like(score), trials, method))
     finite = jnp.isfinite(expected).all() & jnp.isfinite(observed).all()
     eye = jnp.eye(score.size, dtype=score.dtype)
     basis, unidentified, not_maximal, counts = _identified(*(jnp.where(finite, h, eye) for h in (observed, expected)))
@@ -206,18 +224,25 @@ def _identified(observed: Array, expected: Array) -> tuple[Array, Array, Array, 
     return jnp.where(curved[None], basis, 0.0), unidentified, not_maximal, counts
 
 
+def _along_coordinates(params: ParamsLGSSM, directions: Array) -> Callable[[Array], ParamsLGSSM]:
+    """The parameters some steps away in coordinates without constraints; what is fixed keeps every bit."""
+    coordinates, unravel = ravel_pytree(unconstrain(params))
+    moves = (directions != 0).any(axis=1)
+    masks = jax.tree.map(lambda leaf: leaf > 0, unravel(moves.astype(directions.dtype)))
+    start = jnp.where(moves, coordinates, 0.0)  # those of a singular covariance that is fixed are not finite
+    return lambda step: apply_mask(masks, constrain(unravel(start + directions @ step)), params)
+
+
 def _predictive_information(
-    params: ParamsLGSSM, trials: Trials, directions: Float[Array, "num_parameters num_free"], method: str
+    at: Callable[[Array], ParamsLGSSM], zero: Float[Array, " num_free"], trials: Trials, method: str
 ) -> Float[Array, "num_free num_free"]:
     """F: first derivatives of the predictions, forwards and then back, a few columns at a time to save memory."""
-    flat, unravel = ravel_pytree(params)
-    zero = jnp.zeros(directions.shape[1], flat.dtype)
-    predictions = lambda step: _predictions(unravel(flat + directions @ step), trials, method)  # noqa: E731
+    predictions = lambda step: _predictions(at(step), trials, method)  # noqa: E731
     (_, covs), forwards = jax.linearize(predictions, zero)
     back = jax.linear_transpose(forwards, zero)
     factors = jnp.linalg.cholesky(covs)
     solve = lambda factor, right: jax.scipy.linalg.cho_solve((factor, True), right)  # noqa: E731
-    num_in_pattern = jax.linear_transpose(trials.spread, factors[:, 0, 0, 0])(jnp.ones(trials.num_trials, flat.dtype))[
+    num_in_pattern = jax.linear_transpose(trials.spread, factors[:, 0, 0, 0])(jnp.ones(trials.num_trials, zero.dtype))[
         0
     ]
 
@@ -228,7 +253,7 @@ def _predictive_information(
         return back((weights, by_covs * num_in_pattern[:, None, None, None]))[0]
 
     size = min(zero.size, DERIVATIVES_AT_ONCE)
-    steps = jnp.eye(-(-zero.size // size) * size, zero.size, dtype=flat.dtype)  # filled up with zeros
+    steps = jnp.eye(-(-zero.size // size) * size, zero.size, dtype=zero.dtype)  # filled up with zeros
     columns = lax.map(jax.vmap(column), steps.reshape(-1, size, zero.size))
     return symmetrize(columns.reshape(-1, zero.size)[: zero.size])
 

@@ -1,5 +1,6 @@
 r"""The observed information, $-\nabla^2 \log p(y \mid do(\cdot), u)$, along chosen directions of the parameters."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,16 +55,32 @@ def free_directions(params: ParamsLGSSM, trainable: Any) -> Float[Array, "num_pa
     return jnp.asarray(directions, params.initial.mean.dtype)
 
 
-def observed_information(
-    params: ParamsLGSSM, trials: Trials, directions: Float[Array, "num_parameters num_free"], method: str
-) -> Float[Array, "num_free num_free"]:
-    """Minus the Hessian of the log-likelihood, by forward mode through its exact score."""
+def along(
+    params: ParamsLGSSM, directions: Float[Array, "num_parameters num_free"]
+) -> Callable[[Float[Array, " num_free"]], ParamsLGSSM]:
+    """The parameters some steps along the directions away."""
     flat, unravel = ravel_pytree(params)
-    score = jax.grad(lambda step: log_likelihoods(unravel(flat + directions @ step), trials, method).sum())
+    return lambda step: unravel(flat + directions @ step)
+
+
+def observed_information(
+    params: ParamsLGSSM,
+    trials: Trials,
+    directions: Float[Array, "num_parameters num_free"],
+    method: str,
+    *,
+    at: Callable[[Float[Array, " num_free"]], ParamsLGSSM] | None = None,
+) -> Float[Array, "num_free num_free"]:
+    """Minus the Hessian of the log-likelihood, by forward mode through its exact score.
+
+    `at` gives the parameters some steps away, if these are not steps along the directions.
+    """
+    move = along(params, directions) if at is None else at
+    score = jax.grad(lambda step: log_likelihoods(move(step), trials, method).sum())
     num_free = directions.shape[1]
-    zero = jnp.zeros(num_free, flat.dtype)
+    zero = jnp.zeros(num_free, directions.dtype)
     column = lambda direction: jax.jvp(score, (zero,), (direction,))[1]  # noqa: E731
     size = min(num_free, DERIVATIVES_AT_ONCE)
-    steps = jnp.eye(-(-num_free // size) * size, num_free, dtype=flat.dtype)  # filled up with zeros
+    steps = jnp.eye(-(-num_free // size) * size, num_free, dtype=zero.dtype)  # filled up with zeros
     columns = lax.map(jax.vmap(column), steps.reshape(-1, size, num_free))
     return -symmetrize(columns.reshape(-1, num_free)[:num_free])
