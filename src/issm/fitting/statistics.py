@@ -6,6 +6,9 @@ Koopman 2012, sec. 4.5 and 4.7), which is exact for perfect clamps and does not 
 summed over trials, covariances over the patterns that trials share.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -267,21 +270,16 @@ def _pad_both(sums: Array, columns: int) -> Array:
 
 def _emission_statistics(params: ParamsLGSSM, moments: Moments, data: _Data) -> RowStatistics | PatternStatistics:
     r"""The regression of $y_t$ on $[x_t; u_t; 1]$."""
-    weights, cov, num_timesteps = params.emissions.weights, params.emissions.cov, data.emissions.shape[1]
-    means = moments.smoothed_means
-    predicted = jax.vmap(apply_weights, in_axes=(None, 0))(weights, means)
-    residuals = data.emissions - predicted - jax.vmap(emission_offsets, in_axes=(None, 0))(params, data.inputs)
-    if data.observed is not None:
-        residuals = jnp.where(data.observed, residuals, 0.0)
-    regressors = _with_inputs(means, data.inputs)
-    summarise = _row_emission_statistics if is_diagonal(cov) else _correlated_emission_statistics
-    return summarise(over_time(weights, num_timesteps), cov, moments.smoothed_covs, residuals, regressors, data)
+    summarise = _row_emission_statistics if is_diagonal(params.emissions.cov) else _correlated_emission_statistics
+    rows = over_time(params.emissions.weights, data.emissions.shape[1])
+    return summarise(params, rows, moments.smoothed_means, moments.smoothed_covs, data)
 
 
 def _row_emission_statistics(
-    rows: Array, cov: Array | TimeVarying, state_covs: Array, residuals: Array, regressors: Array, data: _Data
+    params: ParamsLGSSM, rows: Array, states: Array, state_covs: Array, data: _Data
 ) -> RowStatistics:
-    shape, pattern_shape = residuals.shape, (data.num_patterns, *residuals.shape[1:])
+    cov, shape = params.emissions.cov, data.emissions.shape
+    pattern_shape = (data.num_patterns, *shape[1:])
     shared = data.observed is None and not isinstance(cov, TimeVarying)
     if shared:  # one set of sums serves all rows
         shape, pattern_shape = (*shape[:2], 1), (*pattern_shape[:2], 1)
@@ -301,44 +299,81 @@ def _row_emission_statistics(
         by_row = jnp.einsum("gtn,gtij->tnij", pattern_weights, state_covs)
         loaded = jnp.einsum("tni,tnij->tnj", rows, by_row)
         spread, cross_covs = jnp.einsum("tni,tni->n", loaded, rows), loaded.sum(axis=0)
+
+    def add(residuals: Array, regressors: Array, weights: Array) -> tuple[Array, Array]:
+        weighted = residuals * weights
+        return weighted.T @ regressors, (weighted * residuals).sum(axis=0)
+
+    regressors = _with_inputs(states, data.inputs)
+    cross, second = _sum_over_trials(params, states, regressors, data, add, weights)
     return RowStatistics(
         gram=_gram(regressors, state_covs, weights, pattern_weights),
-        cross=_flat(weights * residuals).T @ _flat(regressors) - _pad(cross_covs, regressors.shape[-1]),
-        second=(weights * residuals**2).sum(axis=(0, 1)) + spread,
-        count=jnp.broadcast_to(weights.sum(axis=(0, 1)), residuals.shape[2:]),
+        cross=cross - _pad(cross_covs, regressors.shape[-1]),
+        second=second + spread,
+        count=jnp.broadcast_to(weights.sum(axis=(0, 1)), second.shape),
     )
 
 
 def _correlated_emission_statistics(
-    rows: Array, cov: Array | TimeVarying, state_covs: Array, residuals: Array, regressors: Array, data: _Data
+    params: ParamsLGSSM, rows: Array, states: Array, state_covs: Array, data: _Data
 ) -> PatternStatistics:
     r"""Missing entries are filled in given the observed ones and the states: $e \to K_o e_o$, $K_o = R_{:,o} R_{oo}^{-1}$.
 
     They are part of the complete data, so that the M step is that of a complete regression. A step with nothing observed
     is left out.
     """
+    cov, (num_trials, num_timesteps, emission_dim) = params.emissions.cov, data.emissions.shape
     cross_covs = rows[None] @ state_covs
     second_covs = cross_covs @ jnp.swapaxes(rows, 1, 2)[None]
-    used = jnp.ones(residuals.shape[:2], data.dtype)
+    used = jnp.ones((num_trials, num_timesteps, 1), data.dtype)
     pattern_used = jnp.ones(state_covs.shape[:2], data.dtype)
+    gains = None
     if data.observed is not None:
         observed = data.observed[data.trials.representatives]
-        used, pattern_used = data.observed.any(axis=2).astype(data.dtype), observed.any(axis=2).astype(data.dtype)
-        gains, unexplained = _fill_in(over_time(cov, residuals.shape[1])[None], observed)
-        residuals = jnp.einsum("ktnm,ktm->ktn", data.trials.spread(gains), residuals)
+        used = data.observed.any(axis=2, keepdims=True).astype(data.dtype)
+        pattern_used = observed.any(axis=2).astype(data.dtype)
+        gains, unexplained = _fill_in(over_time(cov, num_timesteps)[None], observed)
         second_covs = gains @ second_covs @ jnp.swapaxes(gains, 2, 3) + unexplained
         cross_covs = gains @ cross_covs
     pattern_weights = pattern_used * data.pattern_count[:, None]
-    weighted = _flat(residuals) * used.reshape(-1, 1)
-    add = lambda covs: jnp.einsum("gt,gtij->ij", pattern_weights, covs)  # noqa: E731
+
+    def add(residuals: Array, regressors: Array, used: Array, pattern: Array) -> tuple[Array, Array]:
+        if gains is not None:
+            own_gains = lax.dynamic_index_in_dim(gains, pattern, keepdims=False)
+            residuals = jnp.einsum("tnm,tm->tn", own_gains, residuals)
+        weighted = residuals * used
+        return weighted.T @ regressors, weighted.T @ residuals
+
+    regressors = _with_inputs(states, data.inputs)
+    pattern = data.trials.spread(jnp.arange(data.num_patterns))
+    cross, second = _sum_over_trials(params, states, regressors, data, add, used, pattern)
+    total = lambda covs: jnp.einsum("gt,gtij->ij", pattern_weights, covs)  # noqa: E731
     return PatternStatistics(
-        free=jnp.ones((1, residuals.shape[2]), bool),
-        gram=_gram(regressors, state_covs, used[:, :, None], pattern_weights[:, :, None]),
-        cross=(weighted.T @ _flat(regressors) - _pad(add(cross_covs), regressors.shape[-1]))[None],
-        second=(weighted.T @ _flat(residuals) + add(second_covs))[None],
+        free=jnp.ones((1, emission_dim), bool),
+        gram=_gram(regressors, state_covs, used, pattern_weights[:, :, None]),
+        cross=(cross - _pad(total(cross_covs), regressors.shape[-1]))[None],
+        second=(second + total(second_covs))[None],
         count=used.sum()[None],
         complete=True,
     )
+
+
+def _sum_over_trials(
+    params: ParamsLGSSM, states: Array, regressors: Array, data: _Data, add: Callable[..., Any], *others: Array
+) -> Any:
+    """Sum of `add(residuals, regressors, *others)`, trial by trial: residuals of all trials would be another copy of Y."""
+
+    def one(at: tuple[Array, ...]) -> Any:
+        emissions, states, inputs, regressors, *others = at
+        residuals = emissions - apply_weights(params.emissions.weights, states) - emission_offsets(params, inputs)
+        if data.observed is not None:
+            residuals = jnp.where(jnp.isnan(emissions), 0.0, residuals)
+        return add(residuals, regressors, *others)
+
+    trials = (data.emissions, states, data.inputs, regressors, *others)
+    first, rest = jax.tree.map(lambda leaf: leaf[0], trials), jax.tree.map(lambda leaf: leaf[1:], trials)
+    step = lambda sums, at: (jax.tree.map(jnp.add, sums, one(at)), None)  # noqa: E731
+    return lax.scan(step, one(first), rest)[0]
 
 
 def _fill_in(cov: Array, observed: Array) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
 r"""Many emissions, few states: whitened emissions as at most state_dim pseudo-observations with unit noise.
 
-$z_t = H_t x_t + N(0, I)$ and a part of the squared emissions that no state can change (`leftover`). Y is read once for z and once for its
-squares; everything after that has the size of the state.
+$z_t = H_t x_t + N(0, I)$. Y is read once for z and once for the residuals of the filtered means, whose squares enter the likelihood;
+everything between has the size of the state.
 """
 
 import equinox as eqx
@@ -16,9 +16,6 @@ from issm.models.lgssm import ParamsLGSSM, TimeVarying, is_diagonal, values_of
 from issm.models.transitions import emission_offsets
 from issm.models.trials import Trials
 
-OFFSET_WITHOUT_CENTRING = 1e3
-"""Offsets of up to so many noise standard deviations may be subtracted after a product instead of before it."""
-
 
 class Compressed(eqx.Module):
     r"""Emissions of all trials as few rows, in the layout of `lanes`.
@@ -26,14 +23,11 @@ class Compressed(eqx.Module):
     Attributes:
         weights: $H_t$, `(num_timesteps or 1, rows, state_dim, num_patterns or 1)`.
         values: $z_t$, `(num_timesteps, rows, num_trials)`.
-        squares: $\|R^{-1/2}(y_t - D u_t - d)\|^2$ over the observed entries, `(num_trials, num_timesteps)`; None where
-            nothing was compressed and the rows carry it all.
         log_norm: $-\tfrac12 (N_{obs} \log 2\pi + \log |R_{obs}|)$, `(num_trials or 1, num_timesteps)`.
     """
 
     weights: Float[Array, "num_timesteps_or_1 rows state_dim patterns"]
     values: Float[Array, "num_timesteps rows num_trials"]
-    squares: Float[Array, "num_trials num_timesteps"] | None
     log_norm: Float[Array, "num_trials_or_1 num_timesteps"]
 
 
@@ -85,32 +79,13 @@ def _compress_complete(params: ParamsLGSSM, trials: Trials) -> Compressed:
     rows = whitener @ weights
     log_norm = -(emission_dim * jnp.log(2 * jnp.pi).astype(log_det.dtype) + log_det) / 2
     log_norm = jnp.broadcast_to(log_norm, (1, trials.emissions.shape[1]))
-    projection, squares = whitener.T, None
+    projection = whitener.T
     if emission_dim > state_dim:
         rotation, rows = jnp.linalg.qr(rows)
         projection = projection @ rotation
-        squares = _squared_norms(params, trials, whitener)
-    values = jnp.transpose(_project(params, trials, projection), (1, 2, 0))
-    return Compressed(rows[None, :, :, None], values, squares, log_norm)
-
-
-def _project(params: ParamsLGSSM, trials: Trials, projection: Array) -> Array:
-    """Residuals times a matrix, without a copy of Y unless the offsets are so large that rounding would tell."""
-    offsets = _offsets(params, trials.plan.inputs)
-    projected = offsets @ projection
-    largest = jnp.abs(offsets).max() * jnp.abs(projection).max()
-    return lax.cond(
-        largest < OFFSET_WITHOUT_CENTRING,
-        lambda: trials.emissions @ projection - projected,
-        lambda: residuals(params, trials) @ projection,
-    )
-
-
-def _squared_norms(params: ParamsLGSSM, trials: Trials, whitener: Array) -> Array:
-    centred = residuals(params, trials)
-    if is_diagonal(params.emissions.cov):
-        return (centred**2 * jnp.diagonal(whitener)[None, None] ** 2).sum(axis=-1)
-    return ((centred @ whitener.T) ** 2).sum(axis=-1)
+    # The offsets are subtracted after the product: a centred copy of Y would cost more, and rounding is that of Y itself.
+    values = trials.emissions @ projection - _offsets(params, trials.plan.inputs) @ projection
+    return Compressed(rows[None, :, :, None], jnp.transpose(values, (1, 2, 0)), log_norm)
 
 
 def _compress_diagonal(params: ParamsLGSSM, trials: Trials) -> Compressed:
@@ -126,12 +101,12 @@ def _compress_diagonal(params: ParamsLGSSM, trials: Trials) -> Compressed:
     observed_of_patterns = observed[trials.representatives]
     if emission_dim <= state_dim:
         rows = jnp.where(observed_of_patterns[..., None], weights[None, None], 0.0)
-        return Compressed(jnp.transpose(rows, (1, 2, 3, 0)), jnp.transpose(whitened, (1, 2, 0)), None, log_norm)
+        return Compressed(jnp.transpose(rows, (1, 2, 3, 0)), jnp.transpose(whitened, (1, 2, 0)), log_norm)
     squared = (weights[:, :, None] * weights[:, None, :]).reshape(emission_dim, state_dim**2)
     precisions = (observed_of_patterns.astype(scale.dtype) @ squared).reshape(
         *observed_of_patterns.shape[:2], state_dim, state_dim
     )
-    return _from_potentials(trials, precisions, whitened @ weights, (whitened**2).sum(axis=-1), log_norm)
+    return _from_potentials(trials, precisions, whitened @ weights, log_norm)
 
 
 def _compress_general(params: ParamsLGSSM, trials: Trials) -> Compressed:
@@ -143,15 +118,15 @@ def _compress_general(params: ParamsLGSSM, trials: Trials) -> Compressed:
     weights_of_patterns = weights[trials.representatives]
     if params.emission_dim <= params.state_dim:
         rows, values = jnp.transpose(weights_of_patterns, (1, 2, 3, 0)), jnp.transpose(whitened.values, (1, 2, 0))
-        return Compressed(rows, values, None, whitened.log_norm)
+        return Compressed(rows, values, whitened.log_norm)
     precisions = jnp.einsum("gtni,gtnj->gtij", weights_of_patterns, weights_of_patterns)
     shifts = jnp.einsum("ktni,ktn->kti", weights, whitened.values)
-    return _from_potentials(trials, precisions, shifts, (whitened.values**2).sum(axis=-1), whitened.log_norm)
+    return _from_potentials(trials, precisions, shifts, whitened.log_norm)
 
 
-def _from_potentials(trials: Trials, precisions: Array, shifts: Array, squares: Array, log_norm: Array) -> Compressed:
+def _from_potentials(trials: Trials, precisions: Array, shifts: Array, log_norm: Array) -> Compressed:
     r"""Rows from $J = H^\top H$ and $h = H^\top z$; J may be singular."""
     factors = lanes.cholesky(jnp.transpose(precisions, (1, 2, 3, 0)))
     whiteners = trials.spread(lanes.invert_lower(factors), axis=-1)
     values = lanes.matvec(whiteners, jnp.transpose(shifts, (1, 2, 0)))
-    return Compressed(lanes.transpose(factors), values, squares, log_norm)
+    return Compressed(lanes.transpose(factors), values, log_norm)

@@ -24,9 +24,25 @@ def matmul(left: Array, right: Array) -> Array:
 
 
 def matvec(matrix: Array, vector: Array) -> Array:
-    """Products of matrices with vectors, `(..., i, j, lanes)` by `(..., j, lanes)`."""
-    columns = range(matrix.shape[-2])
-    return sum(matrix[..., :, j, :] * vector[..., None, j, :] for j in columns)  # type: ignore[return-value]
+    """Products of matrices with vectors, `(..., i, j, lanes)` by `(..., j, lanes)`.
+
+    Where vectors have more lanes than matrices, a matrix serves as many neighbouring lanes as there are for each.
+    """
+    num_lanes, num_matrices = vector.shape[-1], matrix.shape[-1]
+    if num_lanes > num_matrices:
+        vector = vector.reshape(*vector.shape[:-1], num_matrices, num_lanes // num_matrices)
+        product = jnp.einsum("...ijl,...jlk->...ilk", matrix, vector) if matrix.ndim > 3 else _unrolled(matrix, vector)
+        return product.reshape(*product.shape[:-2], num_lanes)
+    if matrix.ndim > 3:  # over all steps: a sum of its own, not computed again by all that use it
+        return (matrix * vector[..., None, :, :]).sum(axis=-2)
+    return _unrolled(matrix[..., None], vector[..., None])[..., 0]
+
+
+def _unrolled(matrix: Array, vector: Array) -> Array:
+    """The product of matrices `(i, j, lanes)` with as many vectors `(j, lanes, vectors)` each, for the body of a scan."""
+    columns = range(matrix.shape[1])
+    matrix = matrix[..., None] if matrix.ndim == 3 else matrix
+    return sum(matrix[:, j] * vector[None, j] for j in columns)  # type: ignore[return-value]
 
 
 def transpose(matrix: Array) -> Array:

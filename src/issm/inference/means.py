@@ -40,11 +40,12 @@ class Gains(eqx.Module):
 
 
 class Means(eqx.Module):
-    r"""Means and adjoints of all trials; `innovations` are white, $L^{-1}(z - H m^-)$."""
+    r"""Means and adjoints of all trials; `innovations` are white, $L^{-1}(z - H m^-)$, and `scores` $H^\top L^{-\top}$ times them."""
 
     filtered: Array
     predicted: Array
     innovations: Array
+    scores: Array
     adjoints: Array
 
 
@@ -62,7 +63,7 @@ def run_means(
     innovations = whitened - each(gains.weights, predicted)
     scores = each(transpose(gains.weights), innovations)
     adjoints = recursion(propagate(weights, gains), scores, pattern, True)
-    return Means(filtered, predicted, innovations, adjoints)
+    return Means(filtered, predicted, innovations, scores, adjoints)
 
 
 def propagate(weights: Array, gains: Gains) -> Array:

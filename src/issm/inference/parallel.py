@@ -52,10 +52,8 @@ def parallel_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
 
     means = run_means(weights, shifts, gains, values, trials.pattern, parallel_recursion)
     filtered_means = swap(means.filtered)
-    quadratic = swap((means.innovations**2).sum(axis=-1))
-    if observations.squares is not None:  # the part that the rows left out, from the residuals of the same states
-        fitted = ((values - apply(rows, means.filtered, trials.pattern)) ** 2).sum(axis=-1)
-        quadratic = quadratic + squared_residuals(params, trials, filtered_means) - swap(fitted)
+    cost = means.scores * apply(predicted_covs, means.scores, trials.pattern)
+    quadratic = squared_residuals(params, trials, filtered_means) + swap(cost.sum(axis=-1))
 
     future = lax.associative_scan(lambda later, sooner: _combine(sooner, later), elements, reverse=True).information
     beyond = following(future)  # of y_{t+1:T-1} on x_t

@@ -14,66 +14,64 @@ from jax import lax
 from jaxtyping import Array
 
 from issm.inference import lanes
-from issm.inference.compression import Compressed, compress, squared_residuals
+from issm.inference.compression import compress, squared_residuals
 from issm.inference.moments import Moments
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.transitions import Transitions, lgssm_transitions
-from issm.models.trials import Plan, Trials
+from issm.models.trials import Chunks, Plan, Trials
 
 MOST_UNROLLED_ROWS = 3
 """Loops over more rows than this stay loops: unrolled, they compile slowly and fuse badly."""
-LEFTOVER_ACCURACY = 1e-11
-"""Relative rounding error above which the cheap form of the leftover is not used."""
 
 
 def small_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     """Filter and smooth all trials; what the caller does not use is not computed under `jit`."""
     observations = compress(params, trials)
     by_pattern = _transitions(params, trials.of_patterns().plan)
-    shifts = _to_lanes(_transitions(params, trials.plan).shift)
+    layout = _Layout(trials.chunks)
+    shifts, values = layout.enter(_to_lanes(_transitions(params, trials.plan).shift)), layout.enter(observations.values)
     weights, covs = _to_lanes(by_pattern.weights), _to_lanes(by_pattern.cov)
 
-    each = lambda by_pattern: trials.spread(by_pattern, axis=-1) if trials.pattern is not None else by_pattern  # noqa: E731
+    each = layout.each
 
     updates = _run_covariances(weights, covs, observations.weights, trials.num_patterns)
     predicted_covs, filtered_covs = lanes.symmetrize(updates.predicted), lanes.symmetrize(updates.filtered)
     retained = updates.retained
-    drive = lanes.matvec(each(retained), shifts) + lanes.matvec(each(updates.gains), observations.values)
-    filtered_means = _recursion(lanes.matmul(retained, weights), drive, trials.pattern)
+    drive = lanes.matvec(each(retained), shifts) + lanes.matvec(each(updates.gains), values)
+    filtered_means = _recursion(each(lanes.matmul(retained, weights)), drive)
     previous = jnp.concatenate([jnp.zeros_like(filtered_means[:1]), filtered_means[:-1]])
     predicted_means = lanes.matvec(each(weights), previous) + shifts
     white_weights = updates.white_weights
-    innovations = lanes.matvec(each(updates.whitener), observations.values) - lanes.matvec(
-        each(white_weights), predicted_means
-    )
+    innovations = lanes.matvec(each(updates.whitener), values) - lanes.matvec(each(white_weights), predicted_means)
     scores = lanes.matvec(each(lanes.transpose(white_weights)), innovations)
 
     next_weights = jnp.concatenate([weights[1:], jnp.zeros_like(weights[:1])])
     propagated = lanes.transpose(lanes.matmul(next_weights, retained))  # V_t' A_{t+1}'
     information = lanes.matmul(lanes.transpose(white_weights), white_weights)
     informations = lanes.symmetrize(_informations(propagated, information))
-    adjoints = _recursion(propagated, scores, trials.pattern, reverse=True)
+    adjoints = _recursion(each(propagated), scores, reverse=True)
     next_adjoints = jnp.concatenate([adjoints[1:], jnp.zeros_like(adjoints[:1])])
     next_informations = jnp.concatenate([informations[1:], jnp.zeros_like(informations[:1])])
     onward = lanes.matmul(filtered_covs, lanes.transpose(next_weights))  # Cov[x_t, x_{t+1} | y_{0:t}]
     explained = lanes.matmul(onward, next_informations)
 
     log_det = jnp.log(updates.pivots).sum(axis=-2)
-    quadratic = (innovations**2).sum(axis=-2).T
-    if observations.squares is not None:
-        quadratic = quadratic + _leftover(params, trials, observations, filtered_means)
+    # The quadratic form is a sum of two squares: residuals after the update, and what the update cost.
+    cost = (scores * lanes.matvec(each(predicted_covs), scores)).sum(axis=-2)
+    user_means = layout.leave(filtered_means)
+    quadratic = squared_residuals(params, trials, user_means) + layout.leave(cost)
     smoothed_means = filtered_means + lanes.matvec(each(onward), next_adjoints)
     smoothed_covs = lanes.symmetrize(filtered_covs - lanes.matmul(explained, lanes.transpose(onward)))
     cross_covs = onward[:-1] - lanes.matmul(explained[:-1], predicted_covs[1:])
     return Moments(
         logliks=observations.log_norm - (trials.spread(log_det.T) + quadratic) / 2,
-        filtered_means=_from_lanes(filtered_means),
+        filtered_means=user_means,
         filtered_covs=_from_lanes(filtered_covs),
-        predicted_means=_from_lanes(predicted_means),
+        predicted_means=layout.leave(predicted_means),
         predicted_covs=_from_lanes(predicted_covs),
-        adjoints=_from_lanes(adjoints),
+        adjoints=layout.leave(adjoints),
         informations=_from_lanes(informations),
-        smoothed_means=_from_lanes(smoothed_means),
+        smoothed_means=layout.leave(smoothed_means),
         smoothed_covs=_from_lanes(smoothed_covs),
         smoothed_cross_covs=_from_lanes(cross_covs),
     )
@@ -150,12 +148,12 @@ def _update(predicted: Array, rows: Array) -> _Updates:
     return _Updates(predicted, filtered, retained, gains, white_weights, whitener, pivots)
 
 
-def _recursion(matrices: Array, drive: Array, pattern: Array | None, reverse: bool = False) -> Array:
+def _recursion(matrices: Array, drive: Array, reverse: bool = False) -> Array:
     """The vectors x_t = W_t x_{t-1} + b_t, forwards or backwards, from zero."""
 
     def step(vector: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
         matrix, shift = at
-        vector = lanes.matvec(matrix if pattern is None else matrix[..., pattern], vector) + shift
+        vector = lanes.matvec(matrix, vector) + shift
         return vector, vector
 
     return lax.scan(step, jnp.zeros_like(drive[0]), (matrices, drive), reverse=reverse)[1]
@@ -174,25 +172,27 @@ def _informations(propagated: Array, information: Array) -> Array:
     return lax.scan(step, start, (propagated, information), reverse=True)[1]
 
 
-def _leftover(params: ParamsLGSSM, trials: Trials, observations: Compressed, filtered_means: Array) -> Array:
-    r"""$\|R^{-1/2}(y - \ldots)\|^2 - \|z\|^2$, the part of the squared emissions that no state can change.
+class _Layout(eqx.Module):
+    """The order of the trials in the lanes: chunks of one pattern where trials share patterns, else as they came."""
 
-    The same number comes from the residuals of any states, $\|z_y - U x\|^2 - \|z - H x\|^2$. Where the squares are so much
-    larger than what is left that their difference would lose digits, the filtered means are those states, at the price
-    of another pass over Y.
-    """
-    squares, values = observations.squares, observations.values
-    assert squares is not None
-    difference = squares - (values**2).sum(axis=-2).T
+    chunks: Chunks | None
 
-    def from_residuals() -> Array:
-        left = values - lanes.matvec(trials.spread(observations.weights, axis=-1), filtered_means)
-        residual_squares = squared_residuals(params, trials, _from_lanes(filtered_means))
-        return residual_squares - (left**2).sum(axis=-2).T
+    def enter(self, by_trial: Array) -> Array:
+        """From `(..., num_trials or 1)` to lanes."""
+        if self.chunks is None:
+            return by_trial
+        chosen = self.chunks.trials.reshape(-1)
+        if by_trial.shape[-1] == 1:
+            return jnp.broadcast_to(by_trial, (*by_trial.shape[:-1], len(chosen)))
+        return jnp.take(by_trial, chosen, axis=-1)
 
-    epsilon = jnp.finfo(values.dtype).eps
-    loses_digits = epsilon * squares.sum() > max(LEFTOVER_ACCURACY, 8 * epsilon) * jnp.abs(difference).sum()
-    return lax.cond(loses_digits, from_residuals, lambda: difference)
+    def each(self, by_pattern: Array) -> Array:
+        """From one lane for each pattern to one for each chunk."""
+        return by_pattern if self.chunks is None else jnp.take(by_pattern, self.chunks.pattern, axis=-1)
+
+    def leave(self, by_lane: Array) -> Array:
+        """From lanes to `(num_trials, ...)`."""
+        return _from_lanes(by_lane if self.chunks is None else jnp.take(by_lane, self.chunks.place, axis=-1))
 
 
 def _transitions(params: ParamsLGSSM, plan: Plan) -> Transitions:

@@ -32,6 +32,20 @@ class Plan(eqx.Module):
         return jax.tree.map(lambda leaf: 0 if leaf.ndim == 3 else None, self)
 
 
+class Chunks(eqx.Module):
+    """Trials in chunks of equal size, each of one pattern, so that a chunk can share its matrices.
+
+    Attributes:
+        trials: The trials of each chunk, `(num_chunks, size)`; a place left over repeats a trial.
+        pattern: The pattern of each chunk.
+        place: Where each trial is among all places.
+    """
+
+    trials: Int[Array, "num_chunks size"]
+    pattern: Int[Array, " num_chunks"]
+    place: Int[Array, " num_trials"]
+
+
 class Trials(eqx.Module):
     """Emissions of one or many trials with their inputs and clamps, checked.
 
@@ -43,6 +57,7 @@ class Trials(eqx.Module):
         pattern: The pattern of each trial; None where there is one pattern, or where every trial has its own.
         one_sequence: Whether the user gave one sequence without a trial axis.
         may_miss: Whether an entry may be missing; false only when the values are known to be complete.
+        chunks: The trials by pattern, where `pattern` is not None.
     """
 
     emissions: Float[Array, "num_trials num_timesteps emission_dim"]
@@ -51,6 +66,7 @@ class Trials(eqx.Module):
     pattern: Int[Array, " num_trials"] | None
     one_sequence: bool = eqx.field(static=True)
     may_miss: bool = eqx.field(static=True)
+    chunks: Chunks | None = None
 
     @property
     def num_trials(self) -> int:
@@ -127,7 +143,8 @@ def as_trials(params: ParamsLGSSM, emissions: Any, inputs: Any, interventions: A
     plan = as_plan(params, inputs, interventions, num_timesteps=emissions.shape[-2], num_trials=num_trials)
     emissions = emissions[None] if one_sequence else emissions
     representatives, pattern = _group(emissions, plan.intervention, may_miss)
-    return Trials(emissions, plan, representatives, pattern, one_sequence, may_miss)
+    chunks = None if pattern is None else _chunk(np.asarray(pattern), len(representatives))
+    return Trials(emissions, plan, representatives, pattern, one_sequence, may_miss, chunks)
 
 
 def as_plan(
@@ -275,3 +292,17 @@ def _group(emissions: Array, intervention: Intervention, may_miss: bool) -> tupl
     if len(representatives) in (1, num_trials):
         return jnp.asarray(representatives), None
     return jnp.asarray(representatives), jnp.asarray(pattern)
+
+
+def _chunk(pattern: np.ndarray, num_patterns: int) -> Chunks:
+    """Chunks of the mean number of trials of a pattern: fewer than twice as many places as trials, however uneven they are."""
+    size = -(-len(pattern) // num_patterns)
+    trials, patterns, place = [], [], np.zeros(len(pattern), np.int32)
+    for each in range(num_patterns):
+        members = np.flatnonzero(pattern == each)
+        for start in range(0, len(members), size):
+            chunk = members[start : start + size]
+            place[chunk] = len(trials) * size + np.arange(len(chunk))
+            trials.append(np.resize(chunk, size))
+            patterns.append(each)
+    return Chunks(*map(jnp.asarray, (np.array(trials, np.int32), np.array(patterns, np.int32), place)))
