@@ -1,6 +1,6 @@
 """Effects of real events on real series, beside what has been published of them.
 
-    python benchmarks/published_effects.py DIRECTORY
+    python benchmarks/published_effects.py DIRECTORY [--only NAME ...]
 
 The directory holds the CSV files with which CausalImpact's ports document their results. The published numbers are posterior means
 and standard deviations of a Bayesian model with spike-and-slab regression, whose level is believed to move by a hundredth of the
@@ -98,12 +98,13 @@ def main(arguments: list[str]) -> None:
     """Print one line for each study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
-    directory = parser.parse_args(arguments).directory
+    parser.add_argument("--only", nargs="*", default=[study.name for study in STUDIES], help="names of series")
+    options = parser.parse_args(arguments)
     for level_prior in (True, False):
         print("level with the published prior" if level_prior else "level without a prior")
         print(f"{'series':12}{'effect':>10}{'sd':>9}{'published':>11}{'sd':>9}{'off by (published sd)':>23}")
-        for study in STUDIES:
-            found = analyse(study, directory, level_prior=level_prior)
+        for study in (study for study in STUDIES if study.name in options.only):
+            found = analyse(study, options.directory, level_prior=level_prior)
             off = (found["effect"] - study.published) / study.published_sd
             print(
                 f"{study.name:12}{found['effect']:10.3g}{found['sd']:9.2g}{study.published:11.3g}{study.published_sd:9.2g}"

@@ -129,7 +129,7 @@ def design_interventions(
         ...     [0.0, 0.0], [0.1, 0.1], [[0.5, 0.0], [0.5, 0.5]], [0.1, 0.1], [[1.0, 0.0], [0.0, 1.0]], [0.1, 0.1])
         >>> sizes = dict(num_timesteps=10, state_dim=2, start=2, stop=8)
         >>> candidates = [issm.do({i: v}, **sizes) for i in (0, 1) for v in (-1.0, 1.0)]
-        >>> design = issm.design_interventions(params, candidates, budget=2, refine=20)
+        >>> design = issm.design_interventions(params, candidates, budget=2, refine=20, bounds=(-2.0, 2.0))
         >>> bool(design.refined_criterion > design.criterion[-1])
         True
     """

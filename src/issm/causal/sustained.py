@@ -87,8 +87,8 @@ class SustainedEffect(eqx.Module):
                 values, spread = values[:, None], jax.tree.map(lambda leaf: leaf[:, None], spread)
             table = {"": (values, spread)}
             parts.append(response_table(table, rows_name=name, columns_name="of source", title=f"Effect on {name}"))
-        unstable = np.flatnonzero(~np.atleast_1d(np.asarray(self.stable)))
-        note = [f"no limit for source {join_words(unstable)}: the other states run away"] if len(unstable) else []
+        unstable = [int(j) for j in np.flatnonzero(~np.atleast_1d(np.asarray(self.stable)))]
+        note = [f"no limit for source {join_words(unstable)}: the other states run away"] if unstable else []
         return "\n\n".join(parts + note)
 
 

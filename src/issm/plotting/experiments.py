@@ -63,6 +63,7 @@ def plot_connectivity(
                 remedy="One entry an edge.",
             )
     ax = new_axes(ax)
+    from matplotlib.cm import ScalarMappable
     from matplotlib.patches import Rectangle
 
     largest = np.abs(np.where(np.isfinite(weights), weights, 0.0)).max() or 1.0
@@ -73,14 +74,14 @@ def plot_connectivity(
         if silent[i, j] or not np.isfinite(weight):
             ax.plot(j, i, "x", color="0.6", markersize=6)
             continue
-        side = 0.94 * np.sqrt(min(certainty[i, j] / CERTAIN, 1.0)) if weight else 0.0
+        side = float(0.94 * np.sqrt(min(certainty[i, j] / CERTAIN, 1.0))) if weight else 0.0
         corner = (j - side / 2, i - side / 2)
         ax.add_patch(Rectangle(corner, side, side, color=image.cmap(image.norm(weight)), linewidth=0))
     _label_states(ax, labels, weights.shape)
     ax.set_xlabel("from state")
     ax.set_ylabel("to state")
-    bar = ax.figure.colorbar(image, ax=ax, shrink=0.8)
-    bar.solids.set_alpha(1.0)
+    shades = ScalarMappable(image.norm, image.cmap)  # the image itself is transparent
+    ax.figure.colorbar(shades, ax=ax, shrink=0.8)
     return ax
 
 
