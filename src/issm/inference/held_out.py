@@ -4,7 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from issm.inference.kalman import marginal_log_prob
 from issm.inference.smoother import lgssm_smoother
@@ -12,6 +13,13 @@ from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM, apply_weights, is_diagonal, over_time
 from issm.models.transitions import emission_offsets
 from issm.models.trials import as_trials
+
+MOST_GROUPS = 5
+
+
+def emission_groups(emission_dim: int) -> Int[np.ndarray, " emission_dim"]:
+    """Emission n is in group n modulo 5, or modulo the number of emissions if there are fewer."""
+    return np.arange(emission_dim) % min(MOST_GROUPS, emission_dim)
 
 
 def predict_held_out(
