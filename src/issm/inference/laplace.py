@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from issm._check import fail
 from issm.inference.dense import BackwardPass, FilterPass, run_filter, run_smoother
 from issm.inference.observations import Potential
 from issm.interventions import Intervention
-from issm.models.ssm import SSM, as_model_trials, companion
+from issm.models.ssm import SSM, companion
 from issm.models.transitions import Transitions, lgssm_transitions
 from issm.models.trials import Trials
 
@@ -55,68 +54,10 @@ class PosteriorSSM(eqx.Module):
     num_iters: Int[Array, "*trials"]
 
 
-def posterior(
-    model: SSM,
-    emissions: Any,
-    inputs: Any = None,
-    *,
-    interventions: Intervention | None = None,
-    method: str = "laplace",
-    num_iters: int = 100,
-) -> PosteriorSSM:
-    r"""Smoothing under clamps with any emissions: the Gaussian around the most probable path.
-
-    $$\hat x = \arg\max_x \log p(x, y \mid do(\cdot), u), \quad p(x \mid y) \approx N(\hat x, H^{-1}), \quad
-    \log p(y) \approx \log p(\hat x, y) - \tfrac12 \log |H / 2\pi|, \quad H = -\nabla_x^2 \log p(\hat x, y)$$
-
-    The path is found by Gauss-Newton steps with a line search: each is one pass of filter and smoother over the potentials
-    $J_t = G_t^\top W_t G_t$ of the emissions, with $G_t$ the derivative of their predictor and $W_t$ their expected
-    information, so that its cost grows linearly in the number of steps. H then has the observed information of every step
-    where that is positive semidefinite, and the expected one elsewhere. For a linear Gaussian model the result is exact. The
-    derivatives of the result are those of the implicit function theorem.
-
-    Args:
-        model: The model.
-        emissions: $y_t$, `(num_timesteps, emission_dim)` or `(num_trials, num_timesteps, emission_dim)`; NaN is missing.
-        inputs: Soft inputs $u_t$, shared or one array for each trial.
-        interventions: Clamps, shared or one for each trial. None: no clamps.
-        method: "laplace".
-        num_iters: Largest number of Gauss-Newton steps, at least 1.
-
-    Returns:
-        Means, covariances and an approximate marginal log-likelihood, with the leading axes of `emissions`.
-
-    Raises:
-        ValueError: If an argument has the wrong shape, type or values; the message names it.
-
-    References:
-        Fahrmeir & Kaufmann (1991), *Metrika* 38; Durbin & Koopman (2012), sec. 10.6; Nejatbakhsh & Wang (2025), for the model.
-
-    Examples:
-        >>> import numpy as np, issm
-        >>> linear = issm.make_lgssm_params([0.0], [1.0], [[0.9]], [0.1], [[1.0]], [0.5])
-        >>> spikes = issm.PoissonEmission(issm.LinearMap([[1.0], [-1.0]], [1.0, 1.0]), exposure=0.5, link="exp")
-        >>> plan = issm.do({0: 1.0}, num_timesteps=4, state_dim=1, start=2, stop=3)
-        >>> counts = np.array([[1.0, 0.0], [3.0, 1.0], [4.0, 0.0], [np.nan, 1.0]])
-        >>> result = issm.posterior(issm.SSM(linear.initial, linear.dynamics, spikes), counts, interventions=plan)
-        >>> result.smoothed_means[2].tolist(), result.smoothed_covariances[2].tolist()
-        ([1.0], [[0.0]])
-    """
-    if method != "laplace":
-        fail("method", got=repr(method), expected='"laplace"', remedy="A linear Gaussian model has `lgssm_smoother`.")
-    if isinstance(num_iters, bool) or not isinstance(num_iters, int) or num_iters < 1:
-        fail(
-            "num_iters",
-            got=repr(num_iters),
-            expected="an integer of at least 1",
-            remedy="It is the largest number of steps.",
-        )
-    trials = as_model_trials(model, emissions, inputs, interventions)
-    return _posterior(model, trials, jnp.asarray(num_iters, jnp.int32))
-
-
 @eqx.filter_jit
-def _posterior(model: SSM, trials: Trials, num_iters: Int[Array, ""]) -> PosteriorSSM:
+def laplace_posterior(model: SSM, trials: Trials, num_iters: Int[Array, ""]) -> PosteriorSSM:
+    """Laplace's approximation for every trial, with the user's leading axes."""
+
     def one(emissions: Array, inputs: Array, intervention: Intervention) -> PosteriorSSM:
         problem = make_problem(model, emissions, inputs, intervention)
         mode = find_mode(jax.tree.map(_without_derivative, problem), num_iters=num_iters)
