@@ -157,6 +157,7 @@ NOT_OF_ARRAYS = {
     "structural_model": "looks at the series before anything is compiled, and says so when it is traced",
     "bootstrap": "compiles and batches its refits itself, and says so when the data are traced",
     "check_clamps": "calls the user's fit for every channel, and decides between them in Python",
+    "multi_start": "starts from `initialize_lgssm`, which looks at the data before anything is compiled",
     "initialize_lgssm": "looks at the data before anything is compiled, and says so when they are traced",
     "information_criteria": "counts clamp values and observed steps, and says so when they are traced",
     "initialize_ssm": "looks at the data before anything is compiled, and says so when they are traced",

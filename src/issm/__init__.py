@@ -39,9 +39,12 @@ from issm.fitting.criteria import information_criteria as information_criteria
 from issm.fitting.diagnostics import ResidualDiagnostics as ResidualDiagnostics
 from issm.fitting.diagnostics import residual_diagnostics as residual_diagnostics
 from issm.fitting.em import fit_em as fit_em
+from issm.fitting.initialize import Initialization as Initialization
 from issm.fitting.initialize import initialize_lgssm as initialize_lgssm
 from issm.fitting.initialize_ssm import initialize_ssm as initialize_ssm
 from issm.fitting.laplace_em import fit_laplace_em as fit_laplace_em
+from issm.fitting.multi_start import MultiStart as MultiStart
+from issm.fitting.multi_start import multi_start as multi_start
 from issm.fitting.priors import Priors as Priors
 from issm.fitting.priors import RegressionPrior as RegressionPrior
 from issm.fitting.result import FitResult as FitResult

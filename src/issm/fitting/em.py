@@ -15,6 +15,7 @@ from issm._check import fail, is_concrete
 from issm.fitting.m_step import Rules, log_prior, m_step, make_rules
 from issm.fitting.priors import Priors, ResolvedPrior
 from issm.fitting.progress import ProgressBar
+from issm.fitting.quasi_newton import SUFFICIENT, Search, choose, look_around, propose, shorten, start_search
 from issm.fitting.regression import RowStatistics
 from issm.fitting.result import Code, FitResult, first_broken_field
 from issm.fitting.statistics import Patterns, SufficientStatistics, expected_statistics, find_patterns
@@ -35,6 +36,7 @@ def fit_em(
     priors: Priors | None = None,
     num_iters: int = 100,
     tol: float = 1e-7,
+    accelerate: bool = True,
     progress: bool = False,
 ) -> FitResult:
     r"""Maximise $\log p(y \mid do(\cdot), u)$ over the parameters by expectation maximisation.
@@ -49,6 +51,9 @@ def fit_em(
     the emissions are updated in the same way; a row of the emissions learns from the steps in which it was observed. No update
     lowers the likelihood by more than rounding. A direction in which the data are silent keeps the value it started from.
 
+    EM is slow where the states hide much. By Fisher's identity every E step also gives the exact score, so that after some
+    updates a quasi-Newton search takes over; a step that does not gain is not taken, and EM is asked again.
+
     Args:
         params: Where to start. Diagonal covariances stay diagonal; `TimeVarying` fields stay as they are.
         emissions: $y_t$, `(num_timesteps, emission_dim)` or `(num_trials, num_timesteps, emission_dim)`; NaN is missing.
@@ -58,7 +63,11 @@ def fit_em(
             everything but `TimeVarying` fields. A full covariance is frozen as a whole, a diagonal one entry by entry.
         priors: Priors; the objective is then the log-likelihood plus their log density. None: maximum likelihood.
         num_iters: Largest number of updates, at least 1.
-        tol: The fit has converged when an update gains less than `tol` nats for each observed number.
+        tol: The fit has converged when an update gains less than `tol` nats for each observed number, and the next step
+            promises no more.
+        accelerate: Whether to look further than the updates of EM: after five of them, by limited-memory BFGS on the exact score,
+            preconditioned by the information of the complete data, every step judged by its likelihood. False: EM alone. With
+            `priors.input_l1` the objective has corners, and it is EM alone.
         progress: Whether to draw a bar on standard error. An interrupt from the keyboard then ends the fit and returns what
             it has reached.
 
@@ -69,8 +78,8 @@ def fit_em(
         ValueError: If an argument has the wrong shape, type or values; the message names it.
 
     References:
-        Shumway & Stoffer (1982), *J. Time Series Analysis* 3; Meng & Rubin (1993), *Biometrika* 80 (ECM); Nejatbakhsh & Wang
-        (2025), sec. 3, for the model.
+        Shumway & Stoffer (1982), *J. Time Series Analysis* 3; Meng & Rubin (1993), *Biometrika* 80 (ECM); Jamshidian & Jennrich
+        (1997), *J. Royal Statistical Society B* 59 (quasi-Newton acceleration); Nejatbakhsh & Wang (2025), sec. 3, for the model.
 
     Examples:
         >>> import jax, numpy as np, issm
@@ -81,23 +90,32 @@ def fit_em(
         >>> bool((np.diff(fit.log_probs) >= 0).all())
         True
     """
-    _check_options(num_iters, tol, progress)
+    _check_options(num_iters, tol, accelerate, progress)
     trials = as_trials(params, emissions, inputs, interventions)
-    rules = make_rules(params, trainable, priors)
-    problem = Problem(trials, find_patterns(params, trials), rules, jnp.asarray(tol, params.initial.mean.dtype))
-    centered, state, center = _prepare(params, problem, num_iters)
+    problem = _pose(params, trials, make_rules(params, trainable, priors), num_iters, tol)
+    accelerate = accelerate and problem.rules.input_l1 is None
+    centered, state, center = _prepare(params, problem, _places(num_iters), accelerate)
     run = _run_with_bar if progress and is_concrete(state.code) else _run
     state = run(state, centered, num_iters)
-    return _result(_finish(state, problem, center, params))
+    return _result(_finish(state, problem, center, params, num_iters))
+
+
+def improve(params: ParamsLGSSM, trials: Trials, num_iters: int) -> tuple[ParamsLGSSM, Float[Array, ""]]:
+    """Parameters after some updates, and their log-likelihood; what is compiled for it serves `fit_em` on the same data."""
+    problem = _pose(params, trials, make_rules(params, None, None), num_iters, 0.0)
+    centered, state, center = _prepare(params, problem, _places(num_iters), True)
+    fit = _finish(_run(state, centered, num_iters), problem, center, params, num_iters)
+    return fit.params, fit.log_probs[-1]
 
 
 class Problem(eqx.Module):
-    """Data and rules of a fit, checked."""
+    """Data and rules of a fit, checked; `last` is the largest number of updates."""
 
     trials: Trials
     patterns: Patterns
     rules: Rules
     tol: Float[Array, ""]
+    last: Int[Array, ""]
 
 
 class EMState(eqx.Module):
@@ -112,6 +130,7 @@ class EMState(eqx.Module):
         code: Why the loop ended, or `Code.RUNNING`.
         broken: First field whose update was not finite, or -1.
         kept: States whose dynamics were never learned.
+        search: The accelerated search, or None for plain EM.
     """
 
     params: ParamsLGSSM
@@ -123,39 +142,53 @@ class EMState(eqx.Module):
     code: Int[Array, ""]
     broken: Int[Array, ""]
     kept: Bool[Array, " state_dim"]
+    search: Search | None
 
 
-@partial(jax.jit, static_argnames="num_iters")
-def _prepare(params: ParamsLGSSM, problem: Problem, num_iters: int) -> tuple[Problem, EMState, Array]:
+def _pose(params: ParamsLGSSM, trials: Trials, rules: Rules, num_iters: int, tol: Any) -> Problem:
+    dtype = params.initial.mean.dtype
+    patterns = find_patterns(params, trials)
+    return Problem(trials, patterns, rules, jnp.asarray(tol, dtype), jnp.asarray(num_iters, jnp.int32))
+
+
+def _places(num_iters: int) -> int:
+    """Length of the logs, in steps of 1024, so that fits of other lengths need no other compilation."""
+    return -(-(num_iters + 1) // 1024) * 1024
+
+
+@partial(jax.jit, static_argnames=("num_places", "accelerate"))
+def _prepare(
+    params: ParamsLGSSM, problem: Problem, num_places: int, accelerate: bool
+) -> tuple[Problem, EMState, Array]:
     """Center the emissions, and set up the loop."""
     center = _center(problem.trials.emissions)
     floor = _variance_floor(params, problem.trials.emissions)
     params = _shift_params(params, center)
-    blank = jnp.full(num_iters + 1, jnp.nan, params.initial.mean.dtype)
+    blank = jnp.full(num_places, jnp.nan, params.initial.mean.dtype)
     zero = jnp.zeros((), jnp.int32)
     kept = jnp.zeros(params.state_dim, bool)
-    state = EMState(params, params, floor, blank, blank, zero, zero, zero - 1, kept)
+    search = start_search(params, problem.trials) if accelerate else None
+    state = EMState(params, params, floor, blank, blank, zero, zero, zero - 1, kept, search)
     return _shift_problem(problem, center), state, center
 
 
 @jax.jit
 def _run(state: EMState, problem: Problem, until: int | Int[Array, ""]) -> EMState:
     """Iterate until the fit has ended or `until` updates are behind it."""
-    last = state.log_probs.shape[0] - 1
 
     def running(state: EMState) -> Array:
-        return (state.code == Code.RUNNING) & ((state.num_updates < until) | (state.num_updates == last))
+        return (state.code == Code.RUNNING) & ((state.num_updates < until) | (state.num_updates == problem.last))
 
     def iterate(state: EMState) -> EMState:
         stats = expected_statistics(state.params, problem.trials, problem.patterns)
-        return _advance(state, stats, problem, last)
+        return _advance(state, stats, problem)
 
     return lax.while_loop(running, iterate, state)
 
 
-def _advance(state: EMState, stats: SufficientStatistics, problem: Problem, last: int) -> EMState:
+def _advance(state: EMState, stats: SufficientStatistics, problem: Problem) -> EMState:
     """Judge the parameters that `stats` belong to, and update them if the fit goes on."""
-    k, rules = state.num_updates, problem.rules
+    k, rules, search = state.num_updates, problem.rules, state.search
     prior = log_prior(state.params, rules)
     objective = stats.log_prob + prior
     before = (state.log_probs + state.log_priors)[jnp.maximum(k - 1, 0)]
@@ -164,38 +197,56 @@ def _advance(state: EMState, stats: SufficientStatistics, problem: Problem, last
     numbers = _count(problem.trials.emissions)
     finite = jnp.isfinite(objective)
     slack = _rounding(objective.dtype) * jnp.maximum(jnp.abs(objective), numbers)
+    updated = m_step(state.params, stats, rules, state.floor)
+
+    # A trial of the accelerated search that does not gain enough leaves the best parameters as they are; an update of EM that
+    # gained nothing is dropped, and ends the fit. Either way the log never goes down.
+    by_em, promised = jnp.asarray(True), jnp.zeros_like(gain)
+    rejected = jnp.asarray(False)
+    if search is not None:
+        by_em = search.by_em
+        rejected = ~by_em & ~(gain >= SUFFICIENT * search.length * search.slope)
+        found = look_around(search, state.params, updated, stats, rules, state.floor)
+        search = choose(rejected, shorten(search, gain), found)
+        promised = search.slope / 2
+    drop = by_em & ~first & (~finite | (gain < 0))
+    small = (gain <= 0) | ((gain <= problem.tol * numbers) & (promised <= problem.tol * numbers))
+    broken = first_broken_field(updated)
     ended = [
         (~finite & first, Code.START_NOT_FINITE),
-        (~finite, Code.LOGLIK_NOT_FINITE),
-        (gain < -slack, Code.DECREASED),
-        (gain <= problem.tol * numbers, Code.CONVERGED),
-        (k == last, Code.MAX_ITERS),
+        (~finite & by_em, Code.LOGLIK_NOT_FINITE),
+        (by_em & (gain < -slack), Code.DECREASED),
+        (~rejected & small, Code.CONVERGED),
+        (k == problem.last, Code.MAX_ITERS),
+        (~rejected & (broken >= 0), Code.UPDATE_NOT_FINITE),
     ]
-    updated = m_step(state.params, stats, rules, state.floor)
-    broken = first_broken_field(updated)
-    ended.append((broken >= 0, Code.UPDATE_NOT_FINITE))
     code = jnp.select([c for c, _ in ended], [jnp.int32(v) for _, v in ended], jnp.int32(Code.RUNNING))
-
-    # An update that gained nothing (or less) is dropped, so that the log never goes down.
-    drop = (~finite & ~first) | (gain < 0)
-    record = lambda log, value: jnp.where(drop, log, log.at[k].set(value))  # noqa: E731
+    previous = (state.log_probs[jnp.maximum(k - 1, 0)], state.log_priors[jnp.maximum(k - 1, 0)])
+    entry = (jnp.where(rejected, old, new) for old, new in zip(previous, (stats.log_prob, prior), strict=True))
+    log_probs, log_priors = (
+        jnp.where(drop, log, log.at[k].set(value))
+        for log, value in zip((state.log_probs, state.log_priors), entry, strict=True)
+    )
     goes_on = code == Code.RUNNING
-    choose = lambda condition, a, b: jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)  # noqa: E731
-    current = choose(drop, state.previous, state.params)
+    current = choose(drop | rejected, state.previous, state.params)
+    proposal = updated
+    if search is not None:
+        search, proposal = propose(search, current, rules, state.floor, k + 1, jnp.abs(objective))
     if isinstance(stats.dynamics, RowStatistics):
         kept = stats.dynamics.count == 0
     else:
         kept = ~(stats.dynamics.free & (stats.dynamics.count > 0)[:, None]).any(axis=0)
     return EMState(
-        params=choose(goes_on, updated, current),
+        params=choose(goes_on, proposal, current),
         previous=current,
         floor=state.floor,
-        log_probs=record(state.log_probs, stats.log_prob),
-        log_priors=record(state.log_priors, prior),
+        log_probs=log_probs,
+        log_priors=log_priors,
         num_updates=jnp.where(goes_on, k + 1, jnp.where(drop, k - 1, k)),
         code=code,
         broken=jnp.where(code == Code.UPDATE_NOT_FINITE, broken, state.broken),
         kept=kept,
+        search=search,
     )
 
 
@@ -222,10 +273,10 @@ def _run_with_bar(state: EMState, problem: Problem, num_iters: int) -> EMState:
     return state
 
 
-@jax.jit
-def _finish(state: EMState, problem: Problem, center: Array, start: ParamsLGSSM) -> FitResult:
+@partial(jax.jit, static_argnames="num_iters")
+def _finish(state: EMState, problem: Problem, center: Array, start: ParamsLGSSM, num_iters: int) -> FitResult:
     """Undo the centering, and repeat the last entry of the logs to their end."""
-    places = jnp.minimum(jnp.arange(state.log_probs.shape[0], dtype=jnp.int32), state.num_updates)
+    places = jnp.minimum(jnp.arange(num_iters + 1, dtype=jnp.int32), state.num_updates)
     params = _shift_params(state.params, -center)
     moves = problem.rules.emissions.coefficients
     bias, before = params.emissions.bias, start.emissions.bias
@@ -334,7 +385,7 @@ def _shift_params(params: ParamsLGSSM, by: Array) -> ParamsLGSSM:
     return eqx.tree_at(lambda p: p.emissions.bias, params, new)
 
 
-def _check_options(num_iters: Any, tol: Any, progress: Any) -> None:
+def _check_options(num_iters: Any, tol: Any, accelerate: Any, progress: Any) -> None:
     if isinstance(num_iters, bool) or not isinstance(num_iters, (int, np.integer)) or num_iters < 1:
         fail(
             "num_iters",
@@ -344,6 +395,8 @@ def _check_options(num_iters: Any, tol: Any, progress: Any) -> None:
         )
     if not _is_tolerance(tol):
         fail("tol", got=repr(tol), expected="a number of at least zero", remedy="Zero runs until nothing is gained.")
+    if not isinstance(accelerate, bool):
+        fail("accelerate", got=repr(accelerate), expected="True or False", remedy="False is plain EM.")
     if not isinstance(progress, bool):
         fail("progress", got=repr(progress), expected="True or False", remedy="True draws a bar on standard error.")
 

@@ -86,7 +86,7 @@ def m_step(
             floor=floor if name == "emissions" else None,
             l1=l1 if name == "dynamics" else None,
         )
-        updated.append(_with_coefficients(block, coefficients, cov))
+        updated.append(with_coefficients(block, coefficients, cov))
     return ParamsLGSSM(*updated)
 
 
@@ -115,7 +115,8 @@ def coefficients_of(
     )
 
 
-def _with_coefficients(block: Any, coefficients: Array, cov: Array | TimeVarying) -> Any:
+def with_coefficients(block: Any, coefficients: Array, cov: Array | TimeVarying) -> Any:
+    """The block with other coefficients and covariance."""
     if isinstance(block, ParamsLGSSMInitial):
         return ParamsLGSSMInitial(coefficients[:, 0], cov)  # type: ignore[arg-type]
     keep = lambda field, new: field if isinstance(field, TimeVarying) else new  # noqa: E731

@@ -116,7 +116,7 @@ def regress_patterns(
             change = _whitened_change(stats, factor, into, trainable)
         new = _covariance_with_missing_rows(stats, change, factor, into, cov)
     new = jnp.where(stats.count.sum() > 0, symmetrize(new), cov)
-    return coefficients + change, new if floor is None else _raise_to_floor(new, floor)
+    return coefficients + change, new if floor is None else raise_to_floor(new, floor)
 
 
 def _solve_rows(gram: Array, cross: Array, trainable: Array | None) -> Array:
@@ -209,7 +209,7 @@ def _covariance_with_missing_rows(
     return jnp.where(total > 0, (second + unexplained) / jnp.where(total > 0, total, 1.0), cov)
 
 
-def _raise_to_floor(cov: Array, floor: Array) -> Array:
+def raise_to_floor(cov: Array, floor: Array) -> Array:
     """The maximiser over all covariances that exceed the diagonal matrix `floor` (eigenvalues raised to one in its units)."""
     scale = jnp.sqrt(floor)
     values, vectors = jnp.linalg.eigh(symmetrize(cov / scale[:, None] / scale[None]))

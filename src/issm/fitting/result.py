@@ -47,7 +47,8 @@ class FitResult(eqx.Module):
         params: The parameters, in the structure of those that the fit started from.
         log_probs: `log_probs[k]` is $\log p(y \mid do(\cdot), u)$ summed over trials at the parameters before update k, and the
             last entry belongs to `params`: `(num_iters + 1,)`. Under `jit` or `vmap` the length is the largest possible one,
-            and entries beyond the last repeat it.
+            and entries beyond the last repeat it. A step that was tried and not taken repeats the entry too: there is one for
+            every E step.
         log_priors: Logarithm of the prior density at the same parameters, up to a constant; zeros without priors.
             `log_probs + log_priors` is what never goes down.
         converged: Whether the last update gained less than the tolerance.
