@@ -7,6 +7,7 @@ import pytest
 
 import issm
 from issm import metrics
+from issm.causal.compare import bootstrap_counts
 from issm.simulate import random_stimulation
 
 NUM_TIMESTEPS, NUM_TRAIN, NUM_TEST = 30, 16, 10
@@ -133,16 +134,16 @@ def test_numbers_are_those_of_a_loop():
     one_steps.append(np.zeros_like(emissions))
     rollouts.append(np.zeros_like(emissions[:, 5:]))
     counts = observed.sum(axis=(1, 2))
-    rng = np.random.default_rng(0)
-    samples = rng.integers(0, NUM_TEST, (3000, NUM_TEST))
+    drawn = np.asarray(bootstrap_counts(jax.random.key(6), NUM_TEST, 1000, np.dtype(float)))[1:]
+    assert (drawn.sum(axis=1) == NUM_TEST).all()
+    assert drawn.var() == pytest.approx(0.9, abs=0.05)  # binomial: as many draws as trials
     for i in range(3):
         assert result.log_likelihood.value[i] == pytest.approx(log_probs[i].sum() / counts.sum(), rel=1e-9)
         assert result.one_step_r2.value[i] == pytest.approx(float(metrics.r2(emissions, one_steps[i])), rel=1e-9)
         assert result.rollout_r2.value[i] == pytest.approx(float(metrics.r2(emissions[:, 5:], rollouts[i])), rel=1e-9)
-        resampled = [log_probs[i][s].sum() / counts[s].sum() for s in samples]
-        spread = np.std(resampled)
-        assert np.abs(np.quantile(resampled, 0.025) - result.log_likelihood.lower[i]) < 0.4 * spread
-        assert np.abs(np.quantile(resampled, 0.975) - result.log_likelihood.upper[i]) < 0.4 * spread
+        resampled = drawn @ log_probs[i] / (drawn @ counts)
+        assert result.log_likelihood.lower[i] == pytest.approx(np.quantile(resampled, 0.025), rel=1e-9)
+        assert result.log_likelihood.upper[i] == pytest.approx(np.quantile(resampled, 0.975), rel=1e-9)
     difference = result.log_likelihood_differences.value
     np.testing.assert_allclose(difference[0, 1], result.log_likelihood.value[0] - result.log_likelihood.value[1])
     np.testing.assert_allclose(difference, -difference.T, atol=1e-12)
