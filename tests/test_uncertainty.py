@@ -148,6 +148,14 @@ def test_observed_autoregression_has_textbook_standard_errors():
     np.testing.assert_array_equal([errors.emissions.cov[0], errors.initial.mean[0]], 0.0)  # fixed
     assert float(result.remaining_gain) < 1e-6
 
+    result = issm.parameter_covariance(
+        params, emissions, NEVER_ON, trainable=only(params, weights, process_cov), scale="unconstrained"
+    )
+    np.testing.assert_allclose(result.standard_errors.dynamics.weights, errors.dynamics.weights, rtol=1e-6)
+    np.testing.assert_allclose(
+        result.standard_errors.dynamics.cov, np.sqrt(2 / len(past)), rtol=1e-4
+    )  # of its logarithm
+
 
 def test_the_free_basis_of_unclamped_states_is_found_and_named_where_the_fit_has_not_ended():
     """D² directions of basis and D of origin change no prediction; what they leave alone is known."""
@@ -186,8 +194,13 @@ def test_an_input_that_was_never_on_and_a_start_that_is_no_maximum():
     assert np.isnan(result.standard_errors.dynamics.cov[0])
 
 
-def test_bad_trainable():
+def test_bad_input():
     emissions = np.zeros((5, 3))
+    with pytest.raises(ValueError, match="scale: got 'log'"):
+        issm.parameter_covariance(TWO_STATES, emissions, scale="log")
+    sure = eqx.tree_at(process_cov, TWO_STATES, jnp.zeros((2, 2)))
+    with pytest.raises(ValueError, match=r"params.dynamics.cov: got a smallest eigenvalue of 0"):
+        issm.parameter_covariance(sure, emissions, scale="unconstrained")
     lopsided = eqx.tree_at(
         process_cov, jax.tree.map(lambda _: True, TWO_STATES), np.array([[True, True], [False, True]])
     )
