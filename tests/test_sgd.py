@@ -130,7 +130,8 @@ def test_any_pytree_with_a_covariance_reaches_the_sample_moments():
         [[2.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.3, 0.5]]
     )
     start = {"mean": jnp.zeros(3), "cov": jnp.eye(3), "shape": jnp.asarray, "name": "normal"}
-    fit = issm.fit_sgd(start, emissions, loss=gaussian, num_epochs=100, tol=1e-12)
+    everything = jax.tree.map(lambda _: True, start)
+    fit = issm.fit_sgd(start, emissions, loss=gaussian, trainable=everything, num_epochs=100, tol=1e-12)
     assert fit.converged
     np.testing.assert_allclose(fit.params["mean"], emissions.mean(axis=0), atol=1e-5)
     np.testing.assert_allclose(fit.params["cov"], np.cov(emissions.T, bias=True), atol=1e-5)
