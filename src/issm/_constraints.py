@@ -28,25 +28,6 @@ def constrain(tree: Any) -> Any:
     return _map_by_name(tree, matrix=_to_matrix, positive=jnp.exp)
 
 
-def log_volume(tree: Any, masks: Any) -> Float[Array, ""]:
-    r"""Logarithm of the determinant of `constrain` at coordinates, over the entries where the mask is true, up to a constant.
-
-    A variance has $\sum_i u_i$; a matrix of size D, from its lower triangle to its Cholesky factor and on,
-    $\sum_i (D - i + 1) u_{ii}$ for i = 0 ... D-1.
-    """
-
-    def one(path: Any, leaf: Array, mask: Any) -> Float[Array, ""]:
-        kind = _kind(path, leaf)
-        if kind == "free":
-            return jnp.zeros((), leaf.dtype)
-        if kind == "positive":
-            return jnp.where(mask, leaf, 0.0).sum()
-        weights = jnp.arange(leaf.shape[0] + 1, 1, -1, dtype=leaf.dtype)
-        return jnp.where(jnp.asarray(mask).all(), (weights * jnp.diagonal(leaf)).sum(), 0.0)
-
-    return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(one, tree, masks)))  # type: ignore[return-value]
-
-
 def whole_matrices(masks: Any, argument: str) -> Any:
     """Refuse a mask that is true for a part of a matrix only: its coordinates cannot be told apart by its entries."""
 

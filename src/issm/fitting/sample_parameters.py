@@ -7,17 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from issm._check import check_key, fail, is_concrete
-from issm._constraints import check_interior, whole_matrices
-from issm._trees import trainable_masks
 from issm._types import PRNGKey
 from issm.fitting.chains import effective_sample_size, split_r_hat
 from issm.fitting.gibbs import Regression, degrees_of_freedom, regressions, sweep
 from issm.fitting.intervals import check_level, means, quantiles, standard_deviations
 from issm.fitting.m_step import BLOCKS, Rules, make_rules
-from issm.fitting.nuts import free_places, nuts_chains
 from issm.fitting.priors import Priors
 from issm.fitting.result import FIELDS
 from issm.inference.methods import choose_method
@@ -39,8 +36,6 @@ class ParameterSamples(eqx.Module):
         r_hat: Split $\hat R$ of every entry: how much wider the draws of all chains are than those of one. Near one if the
             chains have mixed; one for what is fixed.
         effective_sample_size: Number of independent draws that would tell as much about the mean of an entry.
-        num_divergent: Transitions of the no-U-turn sampler in which the integration broke down, which says that it may have missed
-            a part of the posterior; zero for Gibbs sampling.
         num_chains: Number of chains.
 
     References:
@@ -62,7 +57,6 @@ class ParameterSamples(eqx.Module):
     sd: ParamsLGSSM
     r_hat: ParamsLGSSM
     effective_sample_size: ParamsLGSSM
-    num_divergent: Int[Array, ""]
     num_chains: int = eqx.field(static=True)
 
     @property
@@ -77,8 +71,6 @@ class ParameterSamples(eqx.Module):
             return f"not finite: {named}; the data and the priors leave a direction without a proper posterior"
         smallest = min(np.min(leaf, initial=np.inf) for leaf in sizes)
         worst = f"R-hat at most {largest.max():.3f}, {smallest:.0f} effective draws or more"
-        if int(self.num_divergent):
-            worst += f", {int(self.num_divergent)} divergent transitions"
         if largest.max() < LARGEST_R_HAT:
             return f"the chains agree: {worst}"
         named = ", ".join(FIELDS[i] for i in np.flatnonzero(largest >= LARGEST_R_HAT))
@@ -108,7 +100,6 @@ def sample_parameters(
     interventions: Intervention | None = None,
     trainable: Any = None,
     priors: Priors | None = None,
-    log_prior: Any = None,
     num_samples: int = 500,
     num_warmup: int = 200,
     num_chains: int = 4,
@@ -116,25 +107,20 @@ def sample_parameters(
 ) -> ParameterSamples:
     r"""Draw from $p(θ \mid y, do(\cdot), u) \propto p(y \mid do(\cdot), u, θ)\, p(θ)$.
 
-    By Gibbs sampling wherever that is exact, which is everywhere but under a `log_prior` of your own or `priors.input_l1`: then by
-    the no-U-turn sampler, in coordinates without constraints.
-
-    Gibbs sampling draws the states given the parameters, and the parameters, which are conjugate under `priors`, given the states:
-    no step size, and no draw is rejected. A row of the dynamics learns only from arrivals in which its state was not clamped, a row of the
-    emissions from what was observed. What has no prior has a flat one, in the entries themselves.
+    By Gibbs sampling: the states are drawn given the parameters, and the parameters, which are conjugate under `priors`, given
+    the states. It is exact, has no step size, and rejects no draw. A row of the dynamics learns only from arrivals in which its
+    state was not clamped, a row of the emissions from what was observed. What has no prior has a flat one, in the entries
+    themselves.
 
     Args:
         key: JAX random key.
-        params: Where every chain starts, a fit for instance; what is not trainable stays. For Gibbs sampling no field may be
-            `TimeVarying`.
+        params: Where every chain starts, a fit for instance; what is not trainable stays. No field may be `TimeVarying`.
         emissions: $y_t$, `(num_timesteps, emission_dim)` or `(num_trials, num_timesteps, emission_dim)`; NaN is missing.
         inputs: Soft inputs $u_t$, `(num_timesteps, input_dim)`, shared or one such array for each trial.
         interventions: Clamps, shared or one for each trial. None: no clamps.
         trainable: What is unknown, as for `fit_em`. Freeze what neither data nor priors hold: where the basis of the states is
             free, chains wander along it.
-        priors: Priors, as for `fit_em`.
-        log_prior: A function of a `ParamsLGSSM` that gives the logarithm of a prior density of its entries; it counts beside
-            `priors`. Define it once: a new function is compiled anew.
+        priors: Priors, as for `fit_em`, without `input_l1`, which is not conjugate.
         num_samples: Draws kept from each chain, at least 4.
         num_warmup: Draws of each chain thrown away before.
         num_chains: Number of chains, all in one `jax.vmap`.
@@ -145,11 +131,10 @@ def sample_parameters(
 
     Raises:
         ValueError: If an argument has the wrong shape, type or values, or if the posterior of a covariance is improper.
-        ImportError: If the no-U-turn sampler is needed and TensorFlow Probability cannot be imported.
 
     References:
         Gelman et al. (2013), *Bayesian Data Analysis*, 3rd ed., sec. 11.1 and 14.2; Carter & Kohn (1994), *Biometrika* 81;
-        Durbin & Koopman (2002), *Biometrika* 89, for the states; Hoffman & Gelman (2014), *JMLR* 15, for the no-U-turn sampler.
+        Durbin & Koopman (2002), *Biometrika* 89, for the states.
 
     Examples:
         >>> import equinox as eqx, jax, issm
@@ -176,10 +161,13 @@ def sample_parameters(
     rules = make_rules(params, trainable, priors)
     method = choose_method("auto", params, trials)
     sizes = Sizes(num_samples, num_warmup, num_chains, thin)
-    if log_prior is not None or rules.input_l1 is not None:
-        masks = whole_matrices(trainable_masks(params, trainable, fixed=TimeVarying), "trainable")
-        check_interior(params, masks, "params")
-        return _sample_nuts(key, params, trials, masks, free_places(masks), rules, log_prior, sizes, method)
+    if rules.input_l1 is not None:
+        fail(
+            "priors.input_l1",
+            got="a sparsity prior",
+            expected="None: it is not conjugate",
+            remedy="Use a `RegressionPrior` on the dynamics.",
+        )
     _check_fields(params)
     if all(is_concrete(leaf) for leaf in jax.tree.leaves((params, trials, rules))):
         _check_proper(params, trials, rules)
@@ -212,27 +200,10 @@ def _sample_gibbs(
         start = sweeps(params, warmup_key, sizes.num_warmup)
         return lax.scan(keep, start, jax.random.split(sample_key, sizes.num_samples))[1]
 
-    return _summarise(jax.vmap(chain)(jax.random.split(key, sizes.num_chains)), jnp.zeros((), jnp.int32))
+    return _summarise(jax.vmap(chain)(jax.random.split(key, sizes.num_chains)))
 
 
-@eqx.filter_jit
-def _sample_nuts(
-    key: PRNGKey,
-    params: ParamsLGSSM,
-    trials: Trials,
-    masks: Any,
-    places: Any,
-    rules: Rules,
-    log_prior: Any,
-    sizes: Sizes,
-    method: str,
-) -> ParameterSamples:
-    return _summarise(
-        *nuts_chains(key, params, trials, masks, places, rules, log_prior, method=method, **sizes._asdict())
-    )
-
-
-def _summarise(chains: ParamsLGSSM, num_divergent: Int[Array, ""]) -> ParameterSamples:
+def _summarise(chains: ParamsLGSSM) -> ParameterSamples:
     draws = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), chains)
     return ParameterSamples(
         draws=draws,
@@ -240,7 +211,6 @@ def _summarise(chains: ParamsLGSSM, num_divergent: Int[Array, ""]) -> ParameterS
         sd=standard_deviations(draws),
         r_hat=jax.tree.map(split_r_hat, chains),
         effective_sample_size=jax.tree.map(effective_sample_size, chains),
-        num_divergent=num_divergent,
         num_chains=jax.tree.leaves(chains)[0].shape[0],
     )
 
