@@ -161,6 +161,7 @@ NOT_OF_ARRAYS = {
     "initialize_lgssm": "looks at the data before anything is compiled, and says so when they are traced",
     "information_criteria": "counts clamp values and observed steps, and says so when they are traced",
     "initialize_ssm": "looks at the data before anything is compiled, and says so when they are traced",
+    "learn_targets": "decides what a channel does before anything is compiled, and says so when the data are traced",
     "no_intervention": "takes two sizes",
     "select_state_dim": "fits models of several sizes, each compiled on its own, and says so when the data are traced",
 }

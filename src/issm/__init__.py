@@ -55,6 +55,8 @@ from issm.fitting.selection import select_state_dim as select_state_dim
 from issm.fitting.sgd import fit_sgd as fit_sgd
 from issm.fitting.sgd_result import SGDResult as SGDResult
 from issm.fitting.ssm_result import SSMFit as SSMFit
+from issm.fitting.targets import LearnedTargets as LearnedTargets
+from issm.fitting.targets import learn_targets as learn_targets
 from issm.fitting.uncertainty import ParameterCovariance as ParameterCovariance
 from issm.fitting.uncertainty import parameter_covariance as parameter_covariance
 from issm.fitting.vi import fit_vi as fit_vi
