@@ -24,9 +24,10 @@ class PosteriorGSSMFiltered(eqx.Module):
         predicted_means: $E[x_t \mid y_{0:t-1}]$; at t = 0 the (clamped) initial distribution.
         predicted_covariances: $Cov[x_t \mid y_{0:t-1}]$.
         logliks: $\log p(y_t \mid y_{0:t-1})$, `(num_timesteps,)`; zero where nothing was observed.
-        filtered_covariances_by_pattern, predicted_covariances_by_pattern: The same covariances as they are held: trials with
-            the same clamps and missing entries share theirs, `(num_patterns, num_timesteps, state_dim, state_dim)`, without
-            the leading axis for one sequence. The fields above are made from them when they are asked for.
+        filtered_covariances_by_pattern: The filtered covariances as they are held: trials with the same clamps and missing entries
+            share theirs, `(num_patterns, num_timesteps, state_dim, state_dim)`, without the leading axis for one sequence.
+            `filtered_covariances` is made from them when it is asked for.
+        predicted_covariances_by_pattern: The same for the predicted covariances.
         pattern: The pattern of each trial, `(num_trials,)`; None where there is one pattern, or where each trial has its own.
 
     References:

@@ -104,7 +104,7 @@ def _run_covariances(weights: Array, covs: Array, rows: Array, num_lanes: int) -
     constant, num_rows = rows.shape[0] == 1, rows.shape[1]
     many_lanes = num_lanes > 1
 
-    def step(cov: Array, at: tuple) -> tuple[Array, Array | _Updates]:
+    def step(cov: Array, at: tuple) -> tuple[Array, Any]:
         weights, noise, *varying = at
         rows_here = rows[0] if constant else varying[0]
         predicted = lanes.matmul(lanes.matmul(weights, cov), lanes.transpose(weights)) + noise

@@ -27,8 +27,11 @@ class PosteriorGSSMSmoothed(PosteriorGSSMFiltered):
         smoothed_means: $E[x_t \mid y_{0:T-1}]$, `(num_timesteps, state_dim)`.
         smoothed_covariances: $Cov[x_t \mid y_{0:T-1}]$, `(num_timesteps, state_dim, state_dim)`.
         smoothed_cross_covariances: $Cov[x_t, x_{t+1} \mid y_{0:T-1}]$, `(num_timesteps - 1, state_dim, state_dim)`.
-        filtered_covariances_by_pattern, predicted_covariances_by_pattern, smoothed_covariances_by_pattern,
-            smoothed_cross_covariances_by_pattern, pattern: The covariances as they are held, see `PosteriorGSSMFiltered`.
+        filtered_covariances_by_pattern: The covariances as they are held, see `PosteriorGSSMFiltered`.
+        predicted_covariances_by_pattern: The same for the predicted ones.
+        smoothed_covariances_by_pattern: The same for the smoothed ones.
+        smoothed_cross_covariances_by_pattern: The same for the smoothed cross-covariances.
+        pattern: The pattern of each trial, or None, see `PosteriorGSSMFiltered`.
 
     References:
         Durbin & Koopman (2012), sec. 4.4; Särkkä & Svensson (2023), theorem 12.2.
