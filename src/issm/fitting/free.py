@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from issm._trees import trainable_masks
+from issm._trees import apply_mask, trainable_masks
 from issm.models.lgssm import TimeVarying
 from issm.models.ssm import SSM
 
@@ -42,6 +42,12 @@ def split(model: SSM, trainable: Any) -> tuple[Any, Any, Any]:
         shape = getattr(model.emission, "exposure").shape  # noqa: B009
         masks = eqx.tree_at(lambda m: m.emission.exposure, masks, np.zeros(shape, bool))
     return arrays, rest, masks
+
+
+def keep_frozen(masks: Any, new: Any, old: Any) -> Any:
+    """`new` with the entries of `old` where the masks are false, to the last bit."""
+    arrays, rest = eqx.partition(new, eqx.is_inexact_array)
+    return eqx.combine(apply_mask(masks, arrays, eqx.filter(old, eqx.is_inexact_array)), rest)
 
 
 def learning_rates(arrays: Any, dynamics_rate: float, emission_rate: float) -> Any:
@@ -78,13 +84,13 @@ def _replace(model: SSM, change: Any) -> SSM:
 def _to_free(value: Array, floor: float) -> Array:
     if value.ndim == 1:
         return jnp.log(jnp.maximum(value - floor, floor / 100))
-    factor = jnp.linalg.cholesky(value + floor * jnp.eye(value.shape[-1], dtype=value.dtype))
+    factor, least = jnp.linalg.cholesky(value), floor**0.5
     diagonal = jnp.diagonal(factor)
-    return factor + jnp.diag(jnp.log(diagonal) - diagonal)
+    return factor + jnp.diag(jnp.log(jnp.maximum(diagonal - least, least / 100)) - diagonal)
 
 
 def _from_free(free: Array, floor: float) -> Array:
     if free.ndim == 1:
         return floor + jnp.exp(free)
-    lower = jnp.tril(free, -1) + jnp.diag(jnp.exp(jnp.diagonal(free)))
-    return lower @ lower.T + floor * jnp.eye(free.shape[-1], dtype=free.dtype)
+    lower = jnp.tril(free, -1) + jnp.diag(floor**0.5 + jnp.exp(jnp.diagonal(free)))
+    return lower @ lower.T

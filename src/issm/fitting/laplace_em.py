@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from issm._check import as_array, fail, is_concrete
 from issm._linalg import psd_cholesky
-from issm.fitting.free import DYNAMICS_FLOOR, INITIAL_FLOOR, from_free, learning_rates, split, to_free
+from issm.fitting.free import DYNAMICS_FLOOR, INITIAL_FLOOR, from_free, keep_frozen, learning_rates, split, to_free
 from issm.fitting.rollout import fit_rollout
 from issm.fitting.ssm_result import Code, SSMFit
 from issm.fitting.stage import AdamState, Data, Loop, ascend, run_stage, start_adam
@@ -172,7 +172,7 @@ class Sweep(eqx.Module):
 
         (arrays, adam), _ = lax.scan(move, (arrays, adam), jnp.arange(self.num_gradient_steps, dtype=jnp.int32))
         whole = eqx.tree_at(lambda m: m.emission, free_model, eqx.combine(arrays, rest))
-        return from_free(whole, self.like).emission, adam
+        return keep_frozen(self.masks.emission, from_free(whole, self.like).emission, model.emission), adam
 
 
 class Expectations(eqx.Module):

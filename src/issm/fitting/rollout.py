@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from issm.fitting.free import from_free, learning_rates, split, to_free
+from issm.fitting.free import from_free, keep_frozen, learning_rates, split, to_free
 from issm.fitting.stage import AdamState, Data, Loop, ascend, run_stage, start_adam
 from issm.models.ssm import SSM, companion
 from issm.models.transitions import lgssm_transitions
@@ -74,4 +74,4 @@ def fit_rollout(
         step, arrays, carry, data, num_iters=num_iters, patience=patience, tol=-1.0, label="rollout", bar=bar
     )
     found = loop.good if patience is None else loop.best
-    return from_free(eqx.combine(found, rest), model), loop
+    return keep_frozen(masks, from_free(eqx.combine(found, rest), model), model), loop

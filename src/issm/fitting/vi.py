@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from issm._check import check_key, fail
 from issm._types import PRNGKey
-from issm.fitting.free import from_free, learning_rates, split, to_free
+from issm.fitting.free import from_free, keep_frozen, learning_rates, split, to_free
 from issm.fitting.laplace_em import check_count, finish, prepare, rollout_length, rollout_stage
 from issm.fitting.ssm_result import SSMFit
 from issm.fitting.stage import AdamState, Data, ascend, run_stage, start_adam
@@ -135,7 +135,7 @@ def fit_vi(
         bar=progress,
     )
     arrays, network = loop.good if patience is None else loop.best
-    fitted = from_free(eqx.combine(arrays, rest), model)
+    fitted = keep_frozen(masks[0], from_free(eqx.combine(arrays, rest), model), model)
     return finish(fitted, rollout, loop, eqx.combine(network, fixed))
 
 
