@@ -95,7 +95,8 @@ def check_recognition(recognition: Any, model: SSM, trials: Trials) -> None:
             expected="a `PotentialNetwork`, `FreePotentials`, `MeanFieldLSTM` or a subclass of `Recognition`",
             remedy="Build one of them for the sizes of the data.",
         )
-    recognition.check(trials.num_trials, *trials.emissions.shape[1:], model.state_dim)
+    num_trials, num_timesteps, emission_dim = trials.emissions.shape
+    recognition.check(num_trials, num_timesteps, emission_dim, model.state_dim)
 
 
 @eqx.filter_jit
