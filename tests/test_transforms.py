@@ -109,11 +109,11 @@ FUNCTIONS = {
     ),
     "counterfactual": infer(lambda p, y, u, interventions: issm.counterfactual(
         p, y, issm.no_intervention(4, 2), interventions=interventions, inputs=u)),
-    "design_interventions": lambda a: issm.design_interventions(
-        params(a), [plan(a), issm.no_intervention(4, 2)], budget=2, inputs=a["inputs"]),
     "compare": lambda a: issm.compare(
         KEY, {"clamps": (params(a), "clamps"), "ignored": (params(a), "ignored")}, jnp.stack([a["emissions"], -a["emissions"]]),
         a["inputs"], interventions=plan(a), num_bootstrap=5),
+    "design_interventions": lambda a: issm.design_interventions(
+        params(a), [plan(a), issm.no_intervention(4, 2)], budget=2, inputs=a["inputs"]),
     "do": lambda a: issm.do({0: a["value"][0, 0], 1: a["value"][1:3, 0]}, num_timesteps=4, state_dim=2, start=1, stop=3),
     "elbo": lambda a: issm.elbo(KEY, bent(a), potentials_of(a), a["emissions"], a["inputs"], interventions=plan(a)),
     "fit_em": lambda a: infer(issm.fit_em, num_iters=2, tol=0.0)(a).params,

@@ -24,7 +24,7 @@ def intervention_folds(
     if interventions is None or interventions.mask.ndim == 2 or not np.asarray(interventions.mask).any():
         return None, name + "trials do not differ in their clamps"
     mask, value = np.asarray(interventions.mask), np.asarray(interventions.value)
-    states = mask.any(axis=1)
+    states: np.ndarray = np.any(mask, axis=1)  # type: ignore[assignment]
     by_states = _labels([row.tobytes() for row in states])
     by_plan = _labels([m.tobytes() + v.tobytes() for m, v in zip(mask, value, strict=True)])
     for kinds in (by_states, by_plan):

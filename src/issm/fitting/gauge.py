@@ -17,7 +17,14 @@ from issm.fitting.m_step import Rules
 from issm.fitting.regression import RowStatistics
 from issm.fitting.score import emission_coefficients, to_coordinates
 from issm.fitting.statistics import SufficientStatistics
-from issm.models.lgssm import ParamsLGSSM, ParamsLGSSMDynamics, ParamsLGSSMEmissions, ParamsLGSSMInitial, TimeVarying
+from issm.models.lgssm import (
+    ParamsLGSSM,
+    ParamsLGSSMDynamics,
+    ParamsLGSSMEmissions,
+    ParamsLGSSMInitial,
+    TimeVarying,
+    values_of,
+)
 from issm.models.trials import Trials
 
 MOST_STATES = 24  # beyond them the system of D (D + 1) equations would cost more than an E step
@@ -87,7 +94,7 @@ def follow(point: Array, step: Array, at: Callable[[Array], ParamsLGSSM], params
 def _changes_within(params: ParamsLGSSM, step: Array) -> Array:
     """The change of coordinates that a step of the readout amounts to."""
     dim = params.state_dim
-    readout, noise = params.emissions.weights, params.emissions.cov
+    readout, noise = values_of(params.emissions.weights), values_of(params.emissions.cov)
     scaled = readout / noise[:, None] if noise.ndim == 1 else jnp.linalg.solve(noise, readout)
     gram = readout.T @ scaled
     gram = gram + 1e-6 * jnp.trace(gram) * jnp.eye(dim, dtype=gram.dtype)
@@ -103,7 +110,8 @@ def _turned(params: ParamsLGSSM, change: Array) -> ParamsLGSSM:
     half, shift, eye = change[:, :-1] / 2, change[:, -1], jnp.eye(dim, dtype=change.dtype)
     turn, back = jnp.linalg.solve(eye - half, eye + half), jnp.linalg.solve(eye + half, eye - half)
     initial, dynamics, emissions = params.initial, params.dynamics, params.emissions
-    weights, readout = turn @ dynamics.weights @ back, emissions.weights @ back
+    weights, readout = turn @ values_of(dynamics.weights) @ back, values_of(emissions.weights) @ back
+    bias, input_weights = values_of(dynamics.bias), values_of(dynamics.input_weights)
 
     def turned(cov: Array) -> Array:
         return (turn**2) @ cov if cov.ndim == 1 else turn @ cov @ turn.T
@@ -112,11 +120,13 @@ def _turned(params: ParamsLGSSM, change: Array) -> ParamsLGSSM:
         ParamsLGSSMInitial(turn @ initial.mean + shift, turned(initial.cov)),
         ParamsLGSSMDynamics(
             weights,
-            turn @ dynamics.bias + shift - weights @ shift,
-            turn @ dynamics.input_weights,
-            turned(dynamics.cov),
+            turn @ bias + shift - weights @ shift,
+            turn @ input_weights,
+            turned(values_of(dynamics.cov)),
         ),
-        ParamsLGSSMEmissions(readout, emissions.bias - readout @ shift, emissions.input_weights, emissions.cov),
+        ParamsLGSSMEmissions(
+            readout, values_of(emissions.bias) - readout @ shift, emissions.input_weights, emissions.cov
+        ),
     )
 
 
@@ -126,7 +136,8 @@ def _changed(params: ParamsLGSSM, change: Array) -> ParamsLGSSM:
     change = change.reshape(dim, dim + 1)
     turn, shift = change[:, :-1], change[:, -1]
     initial, dynamics, emissions = params.initial, params.dynamics, params.emissions
-    weights = dynamics.weights
+    weights, readout = values_of(dynamics.weights), values_of(emissions.weights)
+    bias, input_weights = values_of(dynamics.bias), values_of(dynamics.input_weights)
 
     def turned(cov: Array) -> Array:
         return cov * (1 + 2 * jnp.diagonal(turn)) if cov.ndim == 1 else cov + turn @ cov + cov @ turn.T
@@ -135,13 +146,13 @@ def _changed(params: ParamsLGSSM, change: Array) -> ParamsLGSSM:
         ParamsLGSSMInitial(initial.mean + turn @ initial.mean + shift, turned(initial.cov)),
         ParamsLGSSMDynamics(
             weights + turn @ weights - weights @ turn,
-            dynamics.bias + turn @ dynamics.bias + shift - weights @ shift,
-            dynamics.input_weights + turn @ dynamics.input_weights,
-            turned(dynamics.cov),
+            bias + turn @ bias + shift - weights @ shift,
+            input_weights + turn @ input_weights,
+            turned(values_of(dynamics.cov)),
         ),
         ParamsLGSSMEmissions(
-            emissions.weights - emissions.weights @ turn,
-            emissions.bias - emissions.weights @ shift,
+            readout - readout @ turn,
+            values_of(emissions.bias) - readout @ shift,
             emissions.input_weights,
             emissions.cov,
         ),
@@ -158,7 +169,7 @@ def _information(params: ParamsLGSSM, stats: SufficientStatistics, clamps: Clamp
         gram, steps = stats.dynamics.gram.sum(axis=0), stats.dynamics.count.sum()
     steps = jnp.maximum(steps, 1.0)
     second = gram[:dim, :dim] / jnp.maximum(gram[-1, -1], 1.0)
-    cov = params.dynamics.cov
+    cov = values_of(params.dynamics.cov)
     variances = cov if cov.ndim == 1 else jnp.diagonal(cov)
     variances = jnp.maximum(variances, 1e-6 * jnp.diagonal(second))
     precision = _clamped_precision(params, variances)
@@ -190,8 +201,8 @@ def _information(params: ParamsLGSSM, stats: SufficientStatistics, clamps: Clamp
 
 def _clamped_precision(params: ParamsLGSSM, variances: Array) -> Array:
     """What the emissions of a step and the next arrival tell about one state when the others are free."""
-    noise = params.emissions.cov
-    readout, weights = params.emissions.weights, params.dynamics.weights
+    noise = values_of(params.emissions.cov)
+    readout, weights = values_of(params.emissions.weights), values_of(params.dynamics.weights)
     scaled = readout / noise[:, None] if noise.ndim == 1 else jnp.linalg.solve(noise, readout)
     information = readout.T @ scaled + weights.T @ (weights / variances[:, None]) + jnp.diag(1 / variances)
     inverse = jnp.linalg.inv(information)

@@ -17,7 +17,7 @@ from issm.fitting.ssm_result import Code, SSMFit
 from issm.fitting.stage import AdamState, Data, Loop, ascend, run_stage, start_adam
 from issm.inference.laplace import approximation, find_mode, make_problem, potentials
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSMDynamics, ParamsLGSSMInitial, TimeVarying
+from issm.models.lgssm import ParamsLGSSMDynamics, ParamsLGSSMInitial, TimeVarying, values_of
 from issm.models.ssm import SSM, as_model_trials
 from issm.models.trials import Plan, Trials
 
@@ -253,7 +253,8 @@ def _update_rows(
     square = jnp.einsum("kti->i", counted * (after**2 + jnp.diagonal(moments.covs[:, 1:], axis1=2, axis2=3)))
     count = counted.sum(axis=(0, 1))
 
-    old = jnp.concatenate([dynamics.weights, dynamics.input_weights, dynamics.bias[:, None]], axis=1)
+    weights, bias, old_cov = values_of(dynamics.weights), values_of(dynamics.bias), values_of(dynamics.cov)
+    old = jnp.concatenate([weights, values_of(dynamics.input_weights), bias[:, None]], axis=1)
     free = jnp.concatenate([masks.weights, masks.input_weights, masks.bias[:, None]], axis=1) & (count > 0)[:, None]
     scale = jnp.sqrt(jnp.maximum(jnp.diagonal(gram, axis1=1, axis2=2), jnp.finfo(gram.dtype).tiny))
     eye = jnp.eye(width, dtype=gram.dtype)[None]
@@ -266,7 +267,7 @@ def _update_rows(
 
     explained = jnp.einsum("ia,ia->i", theta, 2 * cross - jnp.einsum("iab,ib->ia", gram, theta))
     cov = jnp.maximum(square - explained, 0.0) / jnp.maximum(count, 1.0) + DYNAMICS_FLOOR
-    cov = jnp.where(masks.cov & (count > 0) & (dynamics.cov > 0), cov, dynamics.cov)
+    cov = jnp.where(masks.cov & (count > 0) & (old_cov > 0), cov, old_cov)
     return ParamsLGSSMDynamics(
         weights=theta[:, :state_dim],
         input_weights=theta[:, state_dim : state_dim + num_inputs],

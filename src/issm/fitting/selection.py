@@ -261,7 +261,7 @@ def _selection(
         dims=dims,
         state_dim=dims[0],
         criterion=criterion,
-        **{name: arrays.get(name) for name in CRITERIA},
+        **{name: arrays.get(name) for name in CRITERIA},  # type: ignore[arg-type]
         num_observed=(~jnp.isnan(emissions)).sum(axis=(1, 2)).astype(emissions.dtype),
         params=tuple(fits),
         notes=tuple(notes),

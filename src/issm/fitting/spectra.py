@@ -172,7 +172,7 @@ def share_states(channels: dict[int, Channel], state_dim: int) -> list[tuple[int
     The states that all of several channels clamp are the functionals without variance in all of them. Larger sets of channels
     come first, and account for the states of their subsets.
     """
-    common = {(m,): channel.num_clamped for m, channel in channels.items()}
+    common: dict[tuple[int, ...], int] = {(m,): channel.num_clamped for m, channel in channels.items()}
     frontier = list(common)
     while frontier:
         larger = {

@@ -76,9 +76,9 @@ def _predictable(data: StartData, window: np.ndarray, others: list, rng: np.rand
     """Canonical variates of a window and what surrounds it, `(num_trials, num_timesteps, state_dim)`, of unit variance."""
     alive = data.alive
     clamps = np.concatenate([np.where(data.mask, data.value, 0.0), data.mask.astype(float)], axis=2)
-    others = np.concatenate([*others, clamps, data.inputs], axis=2)
+    surroundings = np.concatenate([*others, clamps, data.inputs], axis=2)
     center = window[alive].mean(axis=0)
-    directions = _canonical_directions(window[alive], others[alive])
+    directions = _canonical_directions(window[alive], surroundings[alive])
     scores = (window - center) @ directions[:, : data.state_dim]
     return _complete(scores, window, alive, data.state_dim, rng)
 

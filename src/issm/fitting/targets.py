@@ -196,7 +196,7 @@ class _Design:
         self.emissions, self.kinds = emissions, kinds
         self.amplitudes, self.active = amplitudes, active
         self.inputs = jnp.where(active & of_kind(SOFT), amplitudes, 0.0)
-        self.unknown = (active & of_kind(UNDECIDED)).any(axis=-1)[..., None]
+        self.unknown = np.any(active & of_kind(UNDECIDED), axis=-1, keepdims=True)
         self.clamping = active & of_kind(CLAMP)
 
     def plan(self, params: ParamsLGSSM, targets: Array) -> Intervention:
@@ -269,7 +269,9 @@ def _coordinates(
         design = np.column_stack(
             [np.where(a, steps.amplitude[:, m], 0.0)[used] for a, m in zip(alone, group, strict=True)]
         )
-        held = design.any(axis=0)  # a channel that only ever clamps to zero says nothing about its gain
+        held = np.atleast_1d(
+            np.any(design, axis=0)
+        )  # a channel that only ever clamps to zero says nothing about its gain
         design = np.column_stack([design, np.ones(len(design))])
         found = np.linalg.lstsq(design, steps.estimate[used] @ rows[own].T, rcond=None)[0]
         gains, shift = np.where(held[:, None], found[:-1], 1.0), found[-1]

@@ -142,8 +142,7 @@ def as_trials(params: ParamsLGSSM, emissions: Any, inputs: Any, interventions: A
     num_trials = None if one_sequence else emissions.shape[0]
     plan = as_plan(params, inputs, interventions, num_timesteps=emissions.shape[-2], num_trials=num_trials)
     emissions = emissions[None] if one_sequence else emissions
-    representatives, pattern = _group(emissions, plan.intervention, may_miss)
-    chunks = None if pattern is None else _chunk(np.asarray(pattern), len(representatives))
+    representatives, pattern, chunks = _group(emissions, plan.intervention, may_miss)
     return Trials(emissions, plan, representatives, pattern, one_sequence, may_miss, chunks)
 
 
@@ -272,7 +271,7 @@ def _may_miss(emissions: Array) -> bool:
     return bool(np.isnan(values).any())
 
 
-def _group(emissions: Array, intervention: Intervention, may_miss: bool) -> tuple[Array, Array | None]:
+def _group(emissions: Array, intervention: Intervention, may_miss: bool) -> tuple[Array, Array | None, Chunks | None]:
     """Group the trials by what their covariances depend on: clamp masks, clamp variances and missing entries.
 
     Values that are not known yet (under `jit`) cannot be grouped: every trial is then a pattern of its own.
@@ -280,9 +279,9 @@ def _group(emissions: Array, intervention: Intervention, may_miss: bool) -> tupl
     num_trials = emissions.shape[0]
     decisive = [intervention.mask, intervention.variance] if intervention.mask.ndim == 3 else []
     if num_trials == 1 or not (decisive or may_miss):
-        return _one_pattern(), None
+        return _one_pattern(), None, None
     if not all(is_concrete(array) for array in (emissions, *decisive)):
-        return jnp.arange(num_trials), None
+        return jnp.arange(num_trials), None, None
     arrays = [np.asarray(array) for array in decisive]
     if may_miss:
         arrays.append(np.isnan(np.asarray(emissions)))
@@ -290,8 +289,8 @@ def _group(emissions: Array, intervention: Intervention, may_miss: bool) -> tupl
     first = [first_with.setdefault(b"".join(array[k].tobytes() for array in arrays), k) for k in range(num_trials)]
     representatives, pattern = np.unique(first, return_inverse=True)
     if len(representatives) in (1, num_trials):
-        return jnp.asarray(representatives), None
-    return jnp.asarray(representatives), jnp.asarray(pattern)
+        return jnp.asarray(representatives), None, None
+    return jnp.asarray(representatives), jnp.asarray(pattern), _chunk(pattern, len(representatives))
 
 
 def _chunk(pattern: np.ndarray, num_patterns: int) -> Chunks:

@@ -47,12 +47,12 @@ def plot_state_dim_selection(
         >>> plot_state_dim_selection(selection).get_xlabel()
         'number of states'
     """
-    criterion = selection.criterion if criterion is None else criterion
-    mean, error = (np.asarray(each) for each in selection.score(criterion))
+    name: str = selection.criterion if criterion is None else criterion
+    mean, error = (np.asarray(each) for each in selection.score(name))
     ax = new_axes(ax)
     bars = ax.errorbar(selection.dims, mean, error, marker="o", markersize=4, label=label, color=color, capsize=2)
-    ax.axvline(selection.choices[criterion], color=bars.lines[0].get_color(), linewidth=0.8, linestyle=":", zorder=0)
+    ax.axvline(selection.choices[name], color=bars.lines[0].get_color(), linewidth=0.8, linestyle=":", zorder=0)
     ax.set_xticks(list(selection.dims))
     ax.set_xlabel("number of states")
-    ax.set_ylabel(f"{criterion.replace('_', ' ')} (nats per number)")
+    ax.set_ylabel(f"{name.replace('_', ' ')} (nats per number)")
     return ax
