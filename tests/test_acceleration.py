@@ -9,8 +9,9 @@ import helpers
 import issm
 from issm.fitting.gauge import GaugeStep, _changed, _turned, count_clamps
 from issm.fitting.m_step import log_prior, make_rules
+from issm.fitting.mask_patterns import find_patterns
 from issm.fitting.score import Preconditioner, from_coordinates, score, to_coordinates
-from issm.fitting.statistics import expected_statistics, find_patterns
+from issm.fitting.statistics import expected_statistics
 from issm.models.trials import as_trials
 
 SHAPE = dict(num_trials=4, num_timesteps=12, emission_dim=3, state_dim=2, input_dim=1, missing=0.2)

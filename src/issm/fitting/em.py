@@ -12,15 +12,23 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import fail, is_concrete
+from issm.fitting.centering import (
+    count_observed,
+    mean_of_observed,
+    shift_bias,
+    variance_floor,
+    variance_given_others,
+)
 from issm.fitting.m_step import Rules, log_prior, m_step, make_rules
+from issm.fitting.mask_patterns import Patterns, find_patterns
 from issm.fitting.priors import Priors, ResolvedPrior
 from issm.fitting.progress import ProgressBar
-from issm.fitting.quasi_newton import SUFFICIENT, Search, choose, look_around, propose, shorten, start_search
+from issm.fitting.quasi_newton import SUFFICIENT, WARM_UP, Search, choose, look_around, propose, shorten, start_search
 from issm.fitting.regression import RowStatistics
 from issm.fitting.result import Code, FitResult, first_broken_field
-from issm.fitting.statistics import Patterns, SufficientStatistics, expected_statistics, find_patterns
+from issm.fitting.statistics import SufficientStatistics, expected_statistics
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, is_diagonal, values_of
+from issm.models.lgssm import ParamsLGSSM, TimeVarying
 from issm.models.trials import Trials, as_trials
 
 DRAW_EVERY_SECONDS = 0.3
@@ -93,7 +101,7 @@ def fit_em(
     _check_options(num_iters, tol, accelerate, progress)
     trials = as_trials(params, emissions, inputs, interventions)
     problem = _pose(params, trials, make_rules(params, trainable, priors), num_iters, tol)
-    accelerate = accelerate and problem.rules.input_l1 is None
+    accelerate = accelerate and num_iters > WARM_UP and problem.rules.input_l1 is None
     centered, state, center = _prepare(params, problem, _places(num_iters), accelerate)
     run = _run_with_bar if progress and is_concrete(state.code) else _run
     state = run(state, centered, num_iters)
@@ -161,9 +169,9 @@ def _prepare(
     params: ParamsLGSSM, problem: Problem, num_places: int, accelerate: bool
 ) -> tuple[Problem, EMState, Array]:
     """Center the emissions, and set up the loop."""
-    center = _center(problem.trials.emissions)
-    floor = _variance_floor(params, problem.trials.emissions)
-    params = _shift_params(params, center)
+    center = mean_of_observed(problem.trials.emissions)
+    floor = variance_floor(params, problem.trials.emissions)
+    params = shift_bias(params, center)
     blank = jnp.full(num_places, jnp.nan, params.initial.mean.dtype)
     zero = jnp.zeros((), jnp.int32)
     kept = jnp.zeros(params.state_dim, bool)
@@ -194,7 +202,7 @@ def _advance(state: EMState, stats: SufficientStatistics, problem: Problem) -> E
     before = (state.log_probs + state.log_priors)[jnp.maximum(k - 1, 0)]
     first = k == 0
     gain = jnp.where(first, jnp.inf, objective - before)
-    numbers = _count(problem.trials.emissions)
+    numbers = count_observed(problem.trials.emissions)
     finite = jnp.isfinite(objective)
     slack = _rounding(objective.dtype) * jnp.maximum(jnp.abs(objective), numbers)
     updated = m_step(state.params, stats, rules, state.floor)
@@ -277,7 +285,7 @@ def _run_with_bar(state: EMState, problem: Problem, num_iters: int) -> EMState:
 def _finish(state: EMState, problem: Problem, center: Array, start: ParamsLGSSM, num_iters: int) -> FitResult:
     """Undo the centering, and repeat the last entry of the logs to their end."""
     places = jnp.minimum(jnp.arange(num_iters + 1, dtype=jnp.int32), state.num_updates)
-    params = _shift_params(state.params, -center)
+    params = shift_bias(state.params, -center)
     moves = problem.rules.emissions.coefficients
     bias, before = params.emissions.bias, start.emissions.bias
     if isinstance(bias, TimeVarying) or isinstance(before, TimeVarying):
@@ -313,61 +321,13 @@ def _at_floor(state: EMState, rules: Rules) -> Array:
     cov = state.params.emissions.cov
     if isinstance(cov, TimeVarying):
         return jnp.zeros(state.floor.shape, bool)
-    variances = cov if cov.ndim == 1 else _smallest_share(cov, state.floor)
+    variances = cov if cov.ndim == 1 else variance_given_others(cov, state.floor)
     return rules.emissions.cov.any() & (variances <= state.floor * (1 + 1e-3))
-
-
-def _smallest_share(cov: Array, floor: Array) -> Array:
-    """Variance of each emission given all others: small where a full covariance is close to singular along it."""
-    scale = jnp.sqrt(floor)
-    precision = jnp.linalg.inv(cov / scale[:, None] / scale[None])
-    return floor / jnp.diagonal(precision)
-
-
-def _variance_floor(params: ParamsLGSSM, emissions: Array) -> Array:
-    """Smallest emission variances: a rounding-sized share of each channel's variance, and never above where the fit starts.
-
-    Without one the likelihood has no maximum for a constant channel, or one that the states explain exactly.
-    """
-    dtype = emissions.dtype
-    observed = ~jnp.isnan(emissions)
-    centered = jnp.where(observed, emissions - _center(emissions)[None, None], 0.0)
-    variances = (centered**2).sum(axis=(0, 1)) / jnp.maximum(observed.sum(axis=(0, 1)), 1).astype(dtype)
-    typical = variances.sum() / jnp.maximum((variances > 0).sum(), 1).astype(dtype)
-    start = values_of(params.emissions.cov)
-    if isinstance(params.emissions.cov, TimeVarying):
-        return jnp.zeros_like(variances)
-    diagonal = is_diagonal(start)
-    own = start if diagonal else jnp.diagonal(start)
-    scale = jnp.where(variances > 0, variances, jnp.where(typical > 0, typical, own))
-    floor = _floor_ratio(dtype) * scale
-    if diagonal:
-        return jnp.minimum(floor, start)
-    root = jnp.sqrt(floor)
-    smallest = jnp.linalg.eigvalsh(start / root[:, None] / root[None]).min()
-    return floor * jnp.minimum(1.0, smallest)
-
-
-def _floor_ratio(dtype: Any) -> float:
-    return 1e-10 if dtype == jnp.float64 else 1e-6
 
 
 def _rounding(dtype: Any) -> float:
     """Relative loss that counts as rounding."""
     return 1e-8 if dtype == jnp.float64 else 1e-4
-
-
-def _count(emissions: Array) -> Array:
-    return (~jnp.isnan(emissions)).sum().astype(emissions.dtype)
-
-
-def _center(emissions: Array) -> Array:
-    """Mean of the observed entries of each channel; zero where there are none."""
-    observed = ~jnp.isnan(emissions)
-    count = observed.sum(axis=(0, 1)).astype(emissions.dtype)
-    reference = jnp.where(observed, emissions, 0.0).sum(axis=(0, 1)) / jnp.maximum(count, 1)
-    rest = jnp.where(observed, emissions - reference[None, None], 0.0).sum(axis=(0, 1)) / jnp.maximum(count, 1)
-    return reference + rest
 
 
 def _shift_problem(problem: Problem, center: Array) -> Problem:
@@ -377,12 +337,6 @@ def _shift_problem(problem: Problem, center: Array) -> Problem:
         shifted: ResolvedPrior = eqx.tree_at(lambda p: p.mean, prior, prior.mean.at[:, -1].add(-center))
         problem = eqx.tree_at(lambda p: p.rules.emissions.prior, problem, shifted)
     return eqx.tree_at(lambda p: p.trials.emissions, problem, problem.trials.emissions - center[None, None])
-
-
-def _shift_params(params: ParamsLGSSM, by: Array) -> ParamsLGSSM:
-    bias = params.emissions.bias
-    new = TimeVarying(bias.values - by[None]) if isinstance(bias, TimeVarying) else bias - by
-    return eqx.tree_at(lambda p: p.emissions.bias, params, new)
 
 
 def _check_options(num_iters: Any, tol: Any, accelerate: Any, progress: Any) -> None:
