@@ -133,12 +133,12 @@ class Benchmark:
 
             return jax.lax.scan(step, params, None, length=num_steps)
 
-        for name, diagonal in (("EM, full R both", False), ("EM, unlike: diagonal R ours, full R theirs", True)):
-            ours = Model(shape, self.dtype, diagonal)
+        unlike = model.with_params(Model(shape, self.dtype, diagonal=True).params, model.peer)
+        for name, both in (("EM, full R both", model), ("EM, unlike: diagonal R ours, full R theirs", unlike)):
             self.compare(
-                name, model, lambda _, m=ours: em_log_probs(m, num + 1), lambda m: peer_fit(m.peer, num + 1, m.emissions)[1],
+                name, both, lambda m: em_log_probs(m, num + 1), lambda m: peer_fit(m.peer, num + 1, m.emissions)[1],
                 lambda a, b: {"log_probs": relative(a[:same], b[:same])},
-                baseline=(lambda _, m=ours: em_log_probs(m, 1), lambda m: peer_fit(m.peer, 1, m.emissions)[1]),
+                baseline=(lambda m: em_log_probs(m, 1), lambda m: peer_fit(m.peer, 1, m.emissions)[1]),
                 per=num,
             )  # fmt: skip
 
@@ -146,11 +146,11 @@ class Benchmark:
         import issm
 
         model = Model(shape, self.dtype, diagonal=True)
-        log_prob = lambda params: issm.marginal_log_prob(params, model.emissions).sum()  # noqa: E731
+        log_prob = lambda params, emissions: issm.marginal_log_prob(params, emissions).sum()  # noqa: E731
         ours = jax.jit(jax.value_and_grad(log_prob))
 
-        def peer_log_prob(params):
-            return jax.vmap(lambda y: dynamax().lgssm_filter(params, y).marginal_loglik)(model.emissions).sum()
+        def peer_log_prob(params, emissions):
+            return jax.vmap(lambda y: dynamax().lgssm_filter(params, y).marginal_loglik)(emissions).sum()
 
         peer = jax.jit(jax.value_and_grad(peer_log_prob))
 
@@ -166,7 +166,13 @@ class Benchmark:
                 found[field] = relative(left, right)
             return found
 
-        self.compare("value and gradient", model, lambda m: ours(m.params), lambda m: peer(m.peer), compare)
+        self.compare(
+            "value and gradient",
+            model,
+            lambda m: ours(m.params, m.emissions),
+            lambda m: peer(m.peer, m.emissions),
+            compare,
+        )
 
     def clamps(self) -> None:
         import issm
@@ -297,10 +303,8 @@ for method in ("auto", "sqrt", "sequential"):
 
     def memory(self, function, model: "Model") -> float:
         """Megabytes that the compiled function allocates: temporaries and results."""
-        analysis = jax.jit(lambda params, peer: function(model.with_params(params, peer))).lower(
-            model.params, model.peer
-        )
-        analysis = analysis.compile().memory_analysis()
+        whole = jax.jit(lambda params, peer, emissions: function(model.with_params(params, peer, emissions)))
+        analysis = whole.lower(model.params, model.peer, model.emissions).compile().memory_analysis()
         return (analysis.temp_size_in_bytes + analysis.output_size_in_bytes) / 1e6
 
     def floor(self, model: "Model") -> float:
@@ -353,9 +357,10 @@ class Model:
             zeros["emissions_input_weights"] = jnp.zeros((shape[2], 0), dtype)
             self.peer = dynamax().make_lgssm_params(**chosen, **zeros)
 
-    def with_params(self, params, peer) -> "Model":
+    def with_params(self, params, peer, emissions=None) -> "Model":
         other = object.__new__(Model)
         other.__dict__.update(self.__dict__ | {"params": params, "peer": peer})
+        other.emissions = self.emissions if emissions is None else emissions
         return other
 
     def clamp(self, num_patterns: int):

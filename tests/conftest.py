@@ -6,6 +6,7 @@ quickest settings, which take a seventh of the time; with an `XLA_FLAGS` of your
 
 import os
 import random
+from pathlib import Path
 
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
@@ -18,6 +19,18 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 install_import_hook("issm", "beartype.beartype")
+
+
+MOST_MEMORY_MAPS = 20_000  # of the 65530 that Linux grants a process; every compiled program takes some
+
+
+@pytest.fixture(autouse=True, scope="module")
+def drop_compiled_programs():
+    """Forget what earlier modules have compiled before the process runs out of memory maps, which it would not survive."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MEMORY_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture

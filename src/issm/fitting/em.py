@@ -24,8 +24,8 @@ from issm.fitting.mask_patterns import Patterns, find_patterns
 from issm.fitting.priors import Priors, ResolvedPrior
 from issm.fitting.progress import ProgressBar
 from issm.fitting.quasi_newton import SUFFICIENT, WARM_UP, Search, choose, look_around, propose, shorten, start_search
-from issm.fitting.regression import RowStatistics
 from issm.fitting.result import Code, FitResult, first_broken_field
+from issm.fitting.silent import never_free
 from issm.fitting.statistics import SufficientStatistics, expected_statistics
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM, TimeVarying
@@ -108,12 +108,11 @@ def fit_em(
     return _result(_finish(state, problem, center, params, num_iters))
 
 
-def improve(params: ParamsLGSSM, trials: Trials, num_iters: int) -> tuple[ParamsLGSSM, Float[Array, ""]]:
-    """Parameters after some updates, and their log-likelihood; what is compiled for it serves `fit_em` on the same data."""
+def improve(params: ParamsLGSSM, trials: Trials, num_iters: int) -> FitResult:
+    """Some updates with the defaults of `fit_em`; what is compiled for them serves `fit_em` on the same data."""
     problem = _pose(params, trials, make_rules(params, None, None), num_iters, 0.0)
     centered, state, center = _prepare(params, problem, _places(num_iters), True)
-    fit = _finish(_run(state, centered, num_iters), problem, center, params, num_iters)
-    return fit.params, fit.log_probs[-1]
+    return _finish(_run(state, centered, num_iters), problem, center, params, num_iters)
 
 
 class Problem(eqx.Module):
@@ -239,11 +238,7 @@ def _advance(state: EMState, stats: SufficientStatistics, problem: Problem) -> E
     current = choose(drop | rejected, state.previous, state.params)
     proposal = updated
     if search is not None:
-        search, proposal = propose(search, current, rules, state.floor, k + 1, jnp.abs(objective))
-    if isinstance(stats.dynamics, RowStatistics):
-        kept = stats.dynamics.count == 0
-    else:
-        kept = ~(stats.dynamics.free & (stats.dynamics.count > 0)[:, None]).any(axis=0)
+        search, proposal = propose(search, current, stats, rules, state.floor, k + 1, jnp.abs(objective))
     return EMState(
         params=choose(goes_on, proposal, current),
         previous=current,
@@ -253,7 +248,7 @@ def _advance(state: EMState, stats: SufficientStatistics, problem: Problem) -> E
         num_updates=jnp.where(goes_on, k + 1, jnp.where(drop, k - 1, k)),
         code=code,
         broken=jnp.where(code == Code.UPDATE_NOT_FINITE, broken, state.broken),
-        kept=kept,
+        kept=never_free(stats.dynamics),
         search=search,
     )
 

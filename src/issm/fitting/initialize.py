@@ -17,6 +17,7 @@ from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM
 
 NUM_UPDATES = 5
+EXPLOSIVE = 1.1
 STARTS = {
     "subspace": subspace_states,
     "forward": forward_states,
@@ -83,7 +84,7 @@ def initialize_lgssm(
     - "components": the principal components of $y_t$, where nothing else can be had.
 
     Regressions then give C, D, d, R from all steps and each row of A, B, b, Q from the arrivals in which it was not clamped. A is
-    shrunk to a spectral radius of at most 0.98. "history" is tried with fewer than twice as many emissions as states, and
+    shrunk to a spectral radius of at most 0.98; updates that take it beyond 1.1 are not made. "history" is tried with fewer than twice as many emissions as states, and
     "components" where all others fail.
 
     The start follows a change of units: emissions $c y + k$ give C, d and R in the new units and the same dynamics.
@@ -145,8 +146,12 @@ def initialize_lgssm(
 def _try(name: str, data: StartData, key: PRNGKey) -> tuple[ParamsLGSSM, float]:
     rng = np.random.default_rng(np.asarray(jax.random.randint(key, (4,), 0, 2**31 - 1)))
     guess = regress(data, STARTS[name](data, rng))
-    params, log_prob = improve(guess, data.trials, NUM_UPDATES)
-    return params, float(log_prob)
+    fit = improve(guess, data.trials, NUM_UPDATES)
+    if (
+        np.abs(np.linalg.eigvals(fit.params.dynamics.weights)).max() > EXPLOSIVE
+    ):  # little data: let no fitter start there
+        return guess, float(fit.log_probs[0])
+    return fit.params, float(fit.log_probs[-1])
 
 
 def _remarks(data: StartData, one_level: np.ndarray, failed: list[str]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from issm.fitting.gauge import Clamps, GaugeStep, count_clamps, follow, has_gauge
 from issm.fitting.m_step import Rules
 from issm.fitting.score import Preconditioner, from_coordinates, log_variances, score, to_coordinates
+from issm.fitting.silent import find_silent, keep_silent
 from issm.fitting.statistics import SufficientStatistics
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.trials import Trials
@@ -140,6 +141,7 @@ def shorten(search: Search, gain: Float[Array, ""]) -> Search:
 def propose(
     search: Search,
     current: ParamsLGSSM,
+    stats: SufficientStatistics,
     rules: Rules,
     floor: Float[Array, " emission_dim"],
     num_updates: Int[Array, ""],
@@ -150,6 +152,7 @@ def propose(
     Args:
         search: What is known at `current`.
         current: The best parameters so far.
+        stats: Those of the last E step; only what does not depend on the parameters is used.
         rules: What is frozen.
         floor: Smallest emission variances.
         num_updates: Number of the update that is asked for.
@@ -163,7 +166,10 @@ def propose(
     length = jnp.where(fresh, jnp.where(able, whole, 0.0), search.length)
     at = lambda vector: from_coordinates(vector, current, rules, floor)  # noqa: E731
     step = length * search.direction
-    trial = follow(search.point, step, at, current) if has_gauge(current, rules) else at(search.point + step)
+    if has_gauge(current, rules):
+        trial = keep_silent(follow(search.point, step, at, current), current, find_silent(current, stats, rules))
+    else:
+        trial = at(search.point + step)
     search = eqx.tree_at(lambda s: s.length, search, length)
     return search, choose(length > 0, trial, search.update)
 

@@ -62,7 +62,7 @@ def score(
     parts = []
     for name in BLOCKS:
         block, rule = getattr(params, name), getattr(rules, name)
-        gradient = _block_score(block, _with_prior(block, getattr(stats, name), rule))
+        gradient = _block_score(block, with_prior(block, getattr(stats, name), rule))
         free = _free(block, rule)
         cov = jnp.where(free.cov, gradient.cov, 0.0)
         if name == "emissions" and not isinstance(block.cov, TimeVarying) and block.cov.ndim == 1:
@@ -86,7 +86,7 @@ class Preconditioner(eqx.Module):
         parts = []
         for name in BLOCKS:
             block, rule = getattr(params, name), getattr(rules, name)
-            parts.append(_factor_information(_with_prior(block, getattr(stats, name), rule), _free(block, rule)))
+            parts.append(_factor_information(with_prior(block, getattr(stats, name), rule), _free(block, rule)))
         self.factors, self.scales, self.counts = zip(*parts, strict=True)
 
     def __call__(self, gradient: Float[Array, " coordinates"]) -> Float[Array, " coordinates"]:
@@ -145,9 +145,10 @@ def _factor(point: Array) -> Array:
     return jnp.tril(point) + jnp.diag(jnp.exp(diagonal) - diagonal)
 
 
-def _with_prior(
+def with_prior(
     block: Any, stats: RowStatistics | PatternStatistics, rule: BlockRules
 ) -> RowStatistics | PatternStatistics:
+    """The sums of a block with what its prior adds to them."""
     return stats if rule.prior is None else rule.prior.add_to(stats, coefficients_of(block))
 
 

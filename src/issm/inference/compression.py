@@ -33,10 +33,9 @@ class Compressed(eqx.Module):
 
 def compress(params: ParamsLGSSM, trials: Trials) -> Compressed:
     """Whiten, drop missing rows, and keep at most state_dim rows."""
-    varies = any(isinstance(field, TimeVarying) for field in (params.emissions.weights, params.emissions.cov))
-    if not trials.may_miss and not varies:
+    if not trials.may_miss and not _varies(params):
         return _compress_complete(params, trials)
-    if is_diagonal(params.emissions.cov) and not varies:
+    if is_diagonal(params.emissions.cov) and not _varies(params):
         return _compress_diagonal(params, trials)
     return _compress_general(params, trials)
 
@@ -49,13 +48,35 @@ def residuals(params: ParamsLGSSM, trials: Trials) -> Array:
 def squared_residuals(params: ParamsLGSSM, trials: Trials, states: Array) -> Array:
     r"""$\|R^{-1/2}(y_t - C x_t - D u_t - d)\|^2$ over the observed entries, `(num_trials, num_timesteps)`."""
     shared_inputs = trials.plan.inputs.ndim == 2
+    factored_once = not (trials.may_miss or _varies(params) or is_diagonal(params.emissions.cov))
+    whitener = _whitener(params)[0] if factored_once else None
 
     def one(at: tuple) -> Array:  # trial by trial: no copy of Y
         emissions, states, *own_inputs = at
         inputs = trials.plan.inputs if shared_inputs else own_inputs[0]
-        return (whiten(params, emissions, inputs, may_miss=trials.may_miss).residuals(states) ** 2).sum(axis=-1)
+        if whitener is None:
+            whitened = whiten(params, emissions, inputs, may_miss=trials.may_miss).residuals(states)
+        else:
+            predicted = states @ values_of(params.emissions.weights).T + emission_offsets(params, inputs)
+            whitened = (emissions - predicted) @ whitener.T
+        return (whitened**2).sum(axis=-1)
 
     return lax.map(one, (trials.emissions, states, *(() if shared_inputs else (trials.plan.inputs,))))
+
+
+def _varies(params: ParamsLGSSM) -> bool:
+    """Whether the emission map or its noise varies in time."""
+    return any(isinstance(field, TimeVarying) for field in (params.emissions.weights, params.emissions.cov))
+
+
+def _whitener(params: ParamsLGSSM) -> tuple[Array, Array]:
+    r"""$R^{-1/2}$ and $\log |R|$, of a covariance that is the same at all steps."""
+    cov = values_of(params.emissions.cov)
+    if is_diagonal(params.emissions.cov):
+        return jnp.diag(1 / jnp.sqrt(cov)), jnp.log(cov).sum()
+    factor = jnp.linalg.cholesky(cov)
+    whitener = jax.scipy.linalg.solve_triangular(factor, jnp.eye(cov.shape[0], dtype=cov.dtype), lower=True)
+    return whitener, 2 * jnp.log(jnp.diagonal(factor)).sum()
 
 
 def _offsets(params: ParamsLGSSM, inputs: Array) -> Array:
@@ -67,15 +88,9 @@ def _offsets(params: ParamsLGSSM, inputs: Array) -> Array:
 
 def _compress_complete(params: ParamsLGSSM, trials: Trials) -> Compressed:
     """Constant emissions, nothing missing: one QR, one product with Y."""
-    weights, cov = values_of(params.emissions.weights), values_of(params.emissions.cov)
+    weights = values_of(params.emissions.weights)
     emission_dim, state_dim = weights.shape
-    if is_diagonal(params.emissions.cov):
-        whitener = jnp.diag(1 / jnp.sqrt(cov))
-        log_det = jnp.log(cov).sum()
-    else:
-        factor = jnp.linalg.cholesky(cov)
-        whitener = jax.scipy.linalg.solve_triangular(factor, jnp.eye(emission_dim, dtype=factor.dtype), lower=True)
-        log_det = 2 * jnp.log(jnp.diagonal(factor)).sum()
+    whitener, log_det = _whitener(params)
     rows = whitener @ weights
     log_norm = -(emission_dim * jnp.log(2 * jnp.pi).astype(log_det.dtype) + log_det) / 2
     log_norm = jnp.broadcast_to(log_norm, (1, trials.emissions.shape[1]))
