@@ -278,7 +278,7 @@ for method in ("auto", "sqrt", "sequential"):
             times = [(times[i] - times[i + 2]) / per for i in range(2)]
         memory = ["–", "–"]
         if compiled and not self.arguments.no_memory:
-            memory = [f"{self.memory(function, model):.3g}" for function in (ours, peer)]
+            memory = [f"{self.memory(ours, model, known=True):.3g}", f"{self.memory(peer, model, known=False):.3g}"]
         floor = self.floor(model)
         print_row(
             (
@@ -301,10 +301,11 @@ for method in ("auto", "sqrt", "sequential"):
                 own.append(self.clock() - start)
         return [statistics.median(own) for own in taken]
 
-    def memory(self, function, model: "Model") -> float:
-        """Megabytes that the compiled function allocates: temporaries and results."""
+    def memory(self, function, model: "Model", known: bool) -> float:
+        """Megabytes that the compiled function allocates: temporaries and results. Data are `known` when they are not traced."""
+        emissions = None if known else model.emissions
         whole = jax.jit(lambda params, peer, emissions: function(model.with_params(params, peer, emissions)))
-        analysis = whole.lower(model.params, model.peer, model.emissions).compile().memory_analysis()
+        analysis = whole.lower(model.params, model.peer, emissions).compile().memory_analysis()
         return (analysis.temp_size_in_bytes + analysis.output_size_in_bytes) / 1e6
 
     def floor(self, model: "Model") -> float:

@@ -116,13 +116,14 @@ def improve(params: ParamsLGSSM, trials: Trials, num_iters: int) -> FitResult:
 
 
 class Problem(eqx.Module):
-    """Data and rules of a fit, checked; `last` is the largest number of updates."""
+    """Data and rules of a fit, checked; `last` is the largest number of updates, `numbers` that of the observed entries."""
 
     trials: Trials
     patterns: Patterns
     rules: Rules
     tol: Float[Array, ""]
     last: Int[Array, ""]
+    numbers: Float[Array, ""]
 
 
 class EMState(eqx.Module):
@@ -155,7 +156,8 @@ class EMState(eqx.Module):
 def _pose(params: ParamsLGSSM, trials: Trials, rules: Rules, num_iters: int, tol: Any) -> Problem:
     dtype = params.initial.mean.dtype
     patterns = find_patterns(params, trials)
-    return Problem(trials, patterns, rules, jnp.asarray(tol, dtype), jnp.asarray(num_iters, jnp.int32))
+    numbers = jnp.zeros((), dtype)  # counted in `_prepare`
+    return Problem(trials, patterns, rules, jnp.asarray(tol, dtype), jnp.asarray(num_iters, jnp.int32), numbers)
 
 
 def _places(num_iters: int) -> int:
@@ -168,6 +170,7 @@ def _prepare(
     params: ParamsLGSSM, problem: Problem, num_places: int, accelerate: bool
 ) -> tuple[Problem, EMState, Array]:
     """Center the emissions, and set up the loop."""
+    problem = eqx.tree_at(lambda p: p.numbers, problem, count_observed(problem.trials.emissions))
     center = mean_of_observed(problem.trials.emissions)
     floor = variance_floor(params, problem.trials.emissions)
     params = shift_bias(params, center)
@@ -201,7 +204,7 @@ def _advance(state: EMState, stats: SufficientStatistics, problem: Problem) -> E
     before = (state.log_probs + state.log_priors)[jnp.maximum(k - 1, 0)]
     first = k == 0
     gain = jnp.where(first, jnp.inf, objective - before)
-    numbers = count_observed(problem.trials.emissions)
+    numbers = problem.numbers
     finite = jnp.isfinite(objective)
     slack = _rounding(objective.dtype) * jnp.maximum(jnp.abs(objective), numbers)
     updated = m_step(state.params, stats, rules, state.floor)

@@ -84,8 +84,8 @@ def initialize_lgssm(
     - "components": the principal components of $y_t$, where nothing else can be had.
 
     Regressions then give C, D, d, R from all steps and each row of A, B, b, Q from the arrivals in which it was not clamped. A is
-    shrunk to a spectral radius of at most 0.98; updates that take it beyond 1.1 are not made. "history" is tried with fewer than twice as many emissions as states, and
-    "components" where all others fail.
+    shrunk to a spectral radius of at most 0.98, and updates that take it beyond 1.1 are not made. "history" is tried with fewer
+    than twice as many emissions as states, and "components" where all others fail.
 
     The start follows a change of units: emissions $c y + k$ give C, d and R in the new units and the same dynamics.
 

@@ -212,9 +212,14 @@ def _covariance_with_missing_rows(
 def raise_to_floor(cov: Array, floor: Array) -> Array:
     """The maximiser over all covariances that exceed the diagonal matrix `floor` (eigenvalues raised to one in its units)."""
     scale = jnp.sqrt(floor)
-    values, vectors = jnp.linalg.eigh(symmetrize(cov / scale[:, None] / scale[None]))
-    raised = (vectors * jnp.maximum(values, 1.0)[None]) @ vectors.T * scale[:, None] * scale[None]
-    return jnp.where(values.min() >= 1, cov, symmetrize(raised))
+    scaled = symmetrize(cov / scale[:, None] / scale[None])
+
+    def raised() -> Array:
+        values, vectors = jnp.linalg.eigh(scaled)
+        return symmetrize((vectors * jnp.maximum(values, 1.0)[None]) @ vectors.T * scale[:, None] * scale[None])
+
+    above = jnp.isfinite(jnp.linalg.cholesky(scaled - jnp.eye(scaled.shape[0], dtype=scaled.dtype))).all()
+    return lax.cond(above, lambda: cov, raised)  # a factorisation is cheap, eigenvalues are not
 
 
 def _descend_coordinates(matrix: Array, right: Array, start: Array, free: Array, l1: Array) -> Array:
