@@ -22,7 +22,7 @@ from issm.models.lgssm import ParamsLGSSM, TimeVarying, as_matrix, is_diagonal, 
 MOST_PATTERNS_ONE_BY_ONE = 64
 
 
-class _Moments(eqx.Module):
+class ArrivalMoments(eqx.Module):
     """Means of regressors z and residuals e by trial, covariances by pattern, for the steps of one regression.
 
     Only the part of the covariances that is not zero is held: the states are the first of the regressors.
@@ -42,8 +42,8 @@ def initial_statistics(
     cov, first = params.initial.cov, slice(0, 1)
     noise, noise_covs, _ = _process_noise(cov, moments, data, first)
     no_states = noise_covs[..., :0]
-    found = _Moments(jnp.ones_like(noise[:, :, :1]), noise, no_states[:, :, :0], no_states, noise_covs)
-    return _arrival_statistics(found, data, first, patterns.free, patterns.index[..., None], patterns.unclamped, cov)
+    found = ArrivalMoments(jnp.ones_like(noise[:, :, :1]), noise, no_states[:, :, :0], no_states, noise_covs)
+    return arrival_statistics(found, data, first, patterns.free, patterns.index[..., None], patterns.unclamped, cov)
 
 
 def dynamics_statistics(
@@ -57,14 +57,14 @@ def dynamics_statistics(
     noise, noise_covs, noise_informations = _process_noise(cov, moments, data, later)
     weights = over_time(params.dynamics.weights, num_timesteps)[None, 1:]
     weights = jnp.where(data.pattern_free[:, 1:, :, None], weights, 0.0)
-    found = _Moments(
+    found = ArrivalMoments(
         regressors=with_inputs(moments.smoothed_means[:, :-1], data.inputs[:, 1:]),
         residuals=noise,
         regressor_covs=moments.smoothed_covs[:, :-1],
         cross_covs=-noise_informations @ weights @ moments.filtered_covs[:, :-1],
         residual_covs=noise_covs,
     )
-    return _arrival_statistics(found, data, later, patterns.free, patterns.index[..., 1:], patterns.unclamped, cov)
+    return arrival_statistics(found, data, later, patterns.free, patterns.index[..., 1:], patterns.unclamped, cov)
 
 
 def _process_noise(
@@ -87,8 +87,8 @@ def _process_noise(
     return jnp.where(free, means, 0.0), (noise_covs + jnp.swapaxes(noise_covs, 2, 3)) / 2, weighted
 
 
-def _arrival_statistics(
-    found: _Moments,
+def arrival_statistics(
+    found: ArrivalMoments,
     data: StepData,
     steps: slice,
     patterns_free: Array,
@@ -96,7 +96,7 @@ def _arrival_statistics(
     unclamped: bool,
     cov: Array | TimeVarying,
 ) -> RowStatistics | PatternStatistics:
-    """Sums over the arrivals in which a row was free."""
+    """Sums over the arrivals in which a row was free; `index` says which of the masks `patterns_free` holds where."""
     if is_diagonal(cov):
         weights, pattern_weights = (flags[:, steps].astype(data.dtype) for flags in (data.free, data.pattern_free))
         if isinstance(cov, TimeVarying):  # known variances are weights; rows without noise have nothing to learn
@@ -118,7 +118,7 @@ def _arrival_statistics(
 
 
 def _pattern_statistics(
-    found: _Moments, data: StepData, steps: slice, patterns_free: Array, index: Array, unclamped: bool
+    found: ArrivalMoments, data: StepData, steps: slice, patterns_free: Array, index: Array, unclamped: bool
 ) -> PatternStatistics:
     num_trials, num_steps = found.residuals.shape[:2]
     num_masks = patterns_free.shape[0]

@@ -24,8 +24,8 @@ from issm.fitting.mask_patterns import Patterns, find_patterns
 from issm.fitting.priors import Priors, ResolvedPrior
 from issm.fitting.progress import ProgressBar
 from issm.fitting.quasi_newton import SUFFICIENT, WARM_UP, Search, choose, look_around, propose, shorten, start_search
+from issm.fitting.regression import never_free
 from issm.fitting.result import Code, FitResult, first_broken_field
-from issm.fitting.silent import never_free
 from issm.fitting.statistics import SufficientStatistics, expected_statistics
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM, TimeVarying

@@ -78,8 +78,8 @@ def draw_block(key: PRNGKey, block: Any, regression: Regression, rule: BlockRule
         prior = ResolvedPrior(zeros(rows, columns), zeros(columns, columns), None, zeros(rows, rows))
     free = jnp.broadcast_to(True if rule.coefficients is None else rule.coefficients, coefficients.shape)
     draw = _draw_rows if cov.ndim == 1 else _draw_correlated
-    coefficients, new_cov = draw(key, coefficients, cov, regression, free, prior)
     moves = rule.cov if cov.ndim == 1 else rule.cov.all()
+    coefficients, new_cov = draw(key, coefficients, cov, regression, free, prior, moves)
     return with_coefficients(block, coefficients, jnp.where(moves, new_cov, cov))
 
 
@@ -90,7 +90,13 @@ def degrees_of_freedom(prior: ResolvedPrior | None, count: Any, dim: int, *, dia
 
 
 def _draw_rows(
-    key: PRNGKey, coefficients: Array, variances: Array, data: Regression, free: Array, prior: ResolvedPrior
+    key: PRNGKey,
+    coefficients: Array,
+    variances: Array,
+    data: Regression,
+    free: Array,
+    prior: ResolvedPrior,
+    moves: Array,
 ) -> tuple[Array, Array]:
     seen = data.seen.astype(coefficients.dtype)
     residuals = data.targets - data.regressors @ coefficients.T
@@ -105,11 +111,15 @@ def _draw_rows(
     deviation = coefficients - prior.mean
     second = (seen * residuals**2).sum(axis=0) + jnp.diagonal(deviation @ prior.precision @ deviation.T + prior.scale)
     degrees = degrees_of_freedom(prior, seen.sum(axis=0), len(variances), diagonal=True)
+    degrees, second = (
+        jnp.where(moves, degrees, 1.0),
+        jnp.where(moves, second, 1.0),
+    )  # a frozen one may have no distribution
     return coefficients, second / 2 / jax.random.gamma(cov_key, degrees / 2, dtype=second.dtype)
 
 
 def _draw_correlated(
-    key: PRNGKey, coefficients: Array, cov: Array, data: Regression, free: Array, prior: ResolvedPrior
+    key: PRNGKey, coefficients: Array, cov: Array, data: Regression, free: Array, prior: ResolvedPrior, moves: Array
 ) -> tuple[Array, Array]:
     fill_key, row_key, cov_key = jax.random.split(key, 3)
     rows, columns = coefficients.shape
@@ -128,6 +138,7 @@ def _draw_correlated(
     deviation = coefficients - prior.mean
     second = residuals.T @ residuals + deviation @ prior.precision @ deviation.T + prior.scale
     degrees = degrees_of_freedom(prior, used.sum().astype(cov.dtype), rows, diagonal=False)
+    degrees, second = jnp.where(moves, degrees, rows), jnp.where(moves, second, jnp.eye(rows, dtype=cov.dtype))
     return coefficients, _draw_inverse_wishart(cov_key, degrees, second)
 
 

@@ -10,15 +10,20 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from issm._check import as_array, fail, is_concrete
-from issm._linalg import psd_cholesky
+from issm._linalg import psd_cholesky, symmetrize
+from issm.fitting.arrival_statistics import ArrivalMoments, arrival_statistics
 from issm.fitting.free import DYNAMICS_FLOOR, INITIAL_FLOOR, from_free, keep_frozen, learning_rates, split, to_free
+from issm.fitting.m_step import BlockRules, coefficient_mask, coefficients_of, update_block, with_coefficients
+from issm.fitting.mask_patterns import find_patterns
+from issm.fitting.regression import PatternStatistics, RowStatistics, never_free
 from issm.fitting.rollout import fit_rollout
 from issm.fitting.ssm_result import Code, SSMFit
 from issm.fitting.stage import AdamState, Data, Loop, ascend, run_stage, start_adam
+from issm.fitting.step_data import StepData, with_inputs
 from issm.inference.laplace import approximation, find_mode, make_problem, potentials
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSMDynamics, ParamsLGSSMInitial, TimeVarying, values_of
-from issm.models.ssm import SSM, as_model_trials
+from issm.models.ssm import SSM, as_model_trials, companion
 from issm.models.trials import Plan, Trials
 
 GAUSS_NEWTON_STEPS = 4  # for each sweep; the path goes on from where the last one ended
@@ -56,7 +61,7 @@ def fit_laplace_em(
     Everything is compiled; `jax.vmap` over models runs many seeds at once.
 
     Args:
-        model: Where to start, e.g. from `initialize_ssm`. Q and S must be diagonal.
+        model: Where to start, e.g. from `initialize_ssm`. Diagonal covariances stay diagonal.
         emissions: $y_t$, `(num_timesteps, emission_dim)` or `(num_trials, num_timesteps, emission_dim)`; NaN is missing.
         inputs: Soft inputs $u_t$, shared or one array for each trial.
         interventions: Clamps, shared or one for each trial. None: no clamps.
@@ -95,14 +100,6 @@ def fit_laplace_em(
         True
     """
     trials, data = prepare(model, emissions, inputs, interventions, held_out, patience)
-    for name, cov in (("initial.cov", model.initial.cov), ("dynamics.cov", model.dynamics.cov)):
-        if isinstance(cov, TimeVarying) or cov.ndim != 1:
-            fail(
-                f"model.{name}",
-                got="a full or time-varying covariance",
-                expected="a diagonal, (state_dim,)",
-                remedy="Start from `jnp.diagonal` of it.",
-            )
     num_rollout = rollout_length(num_rollout, interventions)
     check_count("num_iters", num_iters, 0)
     check_count("num_gradient_steps", num_gradient_steps, 1)
@@ -213,66 +210,55 @@ def cubature_points(means: Array, covs: Array) -> Float[Array, "num_trials num_p
 def update_dynamics(
     model: SSM, moments: Expectations, trials: Trials, training: Bool[Array, " num_trials"], masks: Any
 ) -> SSM:
-    """The M step of the dynamics and of the initial state, for diagonal covariances; silent data change nothing."""
-    means, dtype = moments.means, moments.means.dtype
-    num_trials, num_timesteps = means.shape[:2]
-    clamped = jnp.broadcast_to(trials.plan.intervention.mask, means.shape)
-    inputs = jnp.broadcast_to(trials.plan.inputs, (num_trials, num_timesteps, trials.plan.inputs.shape[-1]))
-    counted = (~clamped & training[:, None, None]).astype(dtype)
-    initial = _update_initial(model.initial, moments, counted[:, 0], masks.initial)
-    dynamics = model.dynamics
-    if not any(isinstance(field, TimeVarying) for field in vars(dynamics).values()) and num_timesteps > 1:
-        dynamics = _update_rows(dynamics, moments, inputs[:, 1:], counted[:, 1:], masks.dynamics)
+    """The M step of the dynamics and of the initial state, that of `fit_em`; where data are silent nothing changes."""
+    every = jnp.arange(trials.num_trials)  # covariances differ between trials whatever their clamps
+    own = Trials(trials.emissions, trials.plan, every, None, trials.one_sequence, trials.may_miss)
+    data, patterns = StepData(own, training), find_patterns(companion(model), own)
+    initial, dynamics = model.initial, model.dynamics
+    found = _initial_moments(initial, moments)
+    where = (data, slice(0, 1), patterns.initial.free, patterns.initial.index[..., None], patterns.initial.unclamped)
+    initial = _update(initial, arrival_statistics(found, *where, initial.cov), masks.initial, INITIAL_FLOOR)
+    if not any(isinstance(field, TimeVarying) for field in vars(dynamics).values()) and moments.means.shape[1] > 1:
+        found, masked = _dynamics_moments(dynamics, moments, data.inputs), patterns.dynamics
+        where = (data, slice(1, None), masked.free, masked.index[..., 1:], masked.unclamped)
+        dynamics = _update(dynamics, arrival_statistics(found, *where, dynamics.cov), masks.dynamics, DYNAMICS_FLOOR)
     return eqx.tree_at(lambda m: (m.initial, m.dynamics), model, (initial, dynamics))
 
 
-def _update_initial(
-    initial: ParamsLGSSMInitial, moments: Expectations, counted: Array, masks: Any
-) -> ParamsLGSSMInitial:
-    first, variances = moments.means[:, 0], jnp.diagonal(moments.covs[:, 0], axis1=1, axis2=2)
-    count = counted.sum(axis=0)
-    some = jnp.maximum(count, 1.0)
-    mean = jnp.where(masks.mean & (count > 0), (counted * first).sum(axis=0) / some, initial.mean)
-    cov = (counted * (variances + (first - mean[None]) ** 2)).sum(axis=0) / some + INITIAL_FLOOR
-    cov = jnp.where(masks.cov & (count > 0) & (initial.cov > 0), cov, initial.cov)
-    return ParamsLGSSMInitial(mean, cov)
+def _initial_moments(initial: ParamsLGSSMInitial, moments: Expectations) -> ArrivalMoments:
+    means, covs = moments.means[:, :1] - initial.mean[None, None], moments.covs[:, :1]
+    no_states = covs[..., :0]
+    return ArrivalMoments(jnp.ones_like(means[..., :1]), means, no_states[:, :, :0], no_states, covs)
 
 
-def _update_rows(
-    dynamics: ParamsLGSSMDynamics, moments: Expectations, inputs: Array, counted: Array, masks: Any
-) -> ParamsLGSSMDynamics:
-    before, after = moments.means[:, :-1], moments.means[:, 1:]
-    state_dim, num_inputs = before.shape[-1], inputs.shape[-1]
-    ones = jnp.ones((*before.shape[:2], 1), before.dtype)
-    regressors = jnp.concatenate([before, inputs, ones], axis=-1)
-    width = regressors.shape[-1]
-    gram = jnp.einsum("kti,kta,ktb->iab", counted, regressors, regressors)
-    gram = gram.at[:, :state_dim, :state_dim].add(jnp.einsum("kti,ktab->iab", counted, moments.covs[:, :-1]))
-    cross = jnp.einsum("kti,kta->ia", counted * after, regressors)
-    cross = cross.at[:, :state_dim].add(jnp.einsum("kti,ktai->ia", counted, moments.cross_covs))
-    square = jnp.einsum("kti->i", counted * (after**2 + jnp.diagonal(moments.covs[:, 1:], axis1=2, axis2=3)))
-    count = counted.sum(axis=(0, 1))
+def _dynamics_moments(dynamics: ParamsLGSSMDynamics, moments: Expectations, inputs: Array) -> ArrivalMoments:
+    """Of $z_t = [x_{t-1}; u_t; 1]$ and $x_t - Θ z_t$."""
+    regressors = with_inputs(moments.means[:, :-1], inputs[:, 1:])
+    weights, before = values_of(dynamics.weights), moments.covs[:, :-1]
+    cross = jnp.swapaxes(moments.cross_covs, 2, 3)
+    known = cross - weights @ before  # Cov[x_t - A x_{t-1}, x_{t-1}]
+    around = moments.covs[:, 1:] - weights @ moments.cross_covs - known @ weights.T
+    return ArrivalMoments(
+        regressors=regressors,
+        residuals=moments.means[:, 1:] - regressors @ coefficients_of(dynamics).T,
+        regressor_covs=before,
+        cross_covs=known,
+        residual_covs=symmetrize(around),
+    )
 
-    weights, bias, old_cov = values_of(dynamics.weights), values_of(dynamics.bias), values_of(dynamics.cov)
-    old = jnp.concatenate([weights, values_of(dynamics.input_weights), bias[:, None]], axis=1)
-    free = jnp.concatenate([masks.weights, masks.input_weights, masks.bias[:, None]], axis=1) & (count > 0)[:, None]
-    scale = jnp.sqrt(jnp.maximum(jnp.diagonal(gram, axis1=1, axis2=2), jnp.finfo(gram.dtype).tiny))
-    eye = jnp.eye(width, dtype=gram.dtype)[None]
-    residual = cross - jnp.einsum("iab,ib->ia", gram, old)  # learn the change, so that frozen entries keep their part
-    scaled = gram / (scale[:, :, None] * scale[:, None, :])
-    scaled = jnp.where(free[:, :, None] & free[:, None, :], scaled, eye)
-    ridge = 4 * width * jnp.finfo(gram.dtype).eps * eye  # a direction without data keeps its value
-    change = jnp.linalg.solve(scaled + ridge, (jnp.where(free, residual, 0.0) / scale)[..., None])[..., 0] / scale
-    theta = old + jnp.where(free, change, 0.0)
 
-    explained = jnp.einsum("ia,ia->i", theta, 2 * cross - jnp.einsum("iab,ib->ia", gram, theta))
-    cov = jnp.maximum(square - explained, 0.0) / jnp.maximum(count, 1.0) + DYNAMICS_FLOOR
-    cov = jnp.where(masks.cov & (count > 0) & (old_cov > 0), cov, old_cov)
-    return ParamsLGSSMDynamics(
-        weights=theta[:, :state_dim],
-        input_weights=theta[:, state_dim : state_dim + num_inputs],
-        bias=theta[:, -1],
-        cov=cov,
+def _update(block: Any, stats: RowStatistics | PatternStatistics, masks: Any, floor: float) -> Any:
+    """New values of a block; a variance that is learned stays above `floor`, one that is exactly zero stays so."""
+    rule = BlockRules(jnp.asarray(coefficient_mask(masks)), jnp.asarray(masks.cov), None)
+    coefficients, cov = update_block(coefficients_of(block), block.cov, stats, rule)
+    assert not isinstance(cov, TimeVarying)  # such dynamics are not updated
+    silent = never_free(stats)
+    if block.cov.ndim == 1:
+        moves = rule.cov & ~silent & (block.cov > 0)
+        return with_coefficients(block, coefficients, jnp.where(moves, cov + floor, block.cov))
+    moves = rule.cov.all() & ~silent.all()
+    return with_coefficients(
+        block, coefficients, jnp.where(moves, cov + floor * jnp.eye(cov.shape[0], dtype=cov.dtype), block.cov)
     )
 
 

@@ -78,7 +78,7 @@ def m_step(
     updated = []
     for name in BLOCKS:
         block, rule = getattr(params, name), getattr(rules, name)
-        coefficients, cov = _update_block(
+        coefficients, cov = update_block(
             coefficients_of(block),
             block.cov,
             getattr(stats, name),
@@ -129,15 +129,16 @@ def with_coefficients(block: Any, coefficients: Array, cov: Array | TimeVarying)
     )
 
 
-def _update_block(
+def update_block(
     coefficients: Array,
     cov: Array | TimeVarying,
     stats: RowStatistics | PatternStatistics,
     rule: BlockRules,
     *,
-    floor: Array | None,
-    l1: Array | None,
+    floor: Array | None = None,
+    l1: Array | None = None,
 ) -> tuple[Array, Array | TimeVarying]:
+    """New coefficients and covariance of one block."""
     if rule.prior is not None:
         stats = rule.prior.add_to(stats, coefficients)
     if isinstance(cov, TimeVarying):
@@ -159,7 +160,7 @@ def _keep_frozen(new: Array, old: Array, trainable: Array | None) -> Array:
 def _block_rules(name: str, params: ParamsLGSSM, masks: ParamsLGSSM, prior: Any) -> BlockRules:
     block, mask = getattr(params, name), getattr(masks, name)
     cov_mask = mask.cov.values if isinstance(mask.cov, TimeVarying) else mask.cov
-    moves = _coefficient_mask(mask)
+    moves = coefficient_mask(mask)
     if not is_diagonal(block.cov) and is_concrete(cov_mask) and cov_mask.any() and not cov_mask.all():
         fail(
             f"trainable.{name}.cov",
@@ -191,7 +192,8 @@ def _block_rules(name: str, params: ParamsLGSSM, masks: ParamsLGSSM, prior: Any)
     return BlockRules(coefficients, jnp.asarray(cov_mask), resolved)
 
 
-def _coefficient_mask(mask: Any) -> Any:
+def coefficient_mask(mask: Any) -> Any:
+    """What may move among the coefficients of a block, from the Booleans of its fields."""
     if isinstance(mask, ParamsLGSSMInitial):
         return mask.mean[:, None]
     constant = lambda field: np.zeros_like(field.values[0]) if isinstance(field, TimeVarying) else field  # noqa: E731

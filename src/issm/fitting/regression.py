@@ -52,6 +52,13 @@ class PatternStatistics(eqx.Module):
     complete: bool = eqx.field(static=True)
 
 
+def never_free(stats: RowStatistics | PatternStatistics) -> Bool[Array, " rows"]:
+    """Rows that nothing is known about."""
+    if isinstance(stats, RowStatistics):
+        return stats.count == 0
+    return ~(stats.free & (stats.count > 0)[:, None]).any(axis=0)
+
+
 def regress_rows(
     stats: RowStatistics,
     coefficients: Float[Array, "rows regressors"],
@@ -114,6 +121,7 @@ def regress_patterns(
             change = _penalised_change(stats, into, coefficients, trainable, l1)
         else:
             change = _whitened_change(stats, factor, into, trainable)
+        change = jnp.where(never_free(stats)[:, None], 0.0, change)
         new = _covariance_with_missing_rows(stats, change, factor, into, cov)
     new = jnp.where(stats.count.sum() > 0, symmetrize(new), cov)
     return coefficients + change, new if floor is None else raise_to_floor(new, floor)

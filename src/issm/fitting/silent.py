@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from issm._linalg import symmetrize
 from issm.fitting.m_step import BLOCKS, Rules, coefficients_of, with_coefficients
-from issm.fitting.regression import PatternStatistics, RowStatistics
+from issm.fitting.regression import PatternStatistics, RowStatistics, never_free
 from issm.fitting.score import with_prior
 from issm.fitting.statistics import SufficientStatistics
 from issm.models.lgssm import ParamsLGSSM, ParamsLGSSMInitial
@@ -43,13 +43,6 @@ def find_silent(params: ParamsLGSSM, stats: SufficientStatistics, rules: Rules) 
         block = getattr(params, name)
         blocks[name] = _silent_block(block, with_prior(block, getattr(stats, name), getattr(rules, name)))
     return Silent(**blocks)
-
-
-def never_free(stats: RowStatistics | PatternStatistics) -> Bool[Array, " rows"]:
-    """Rows that nothing is known about."""
-    if isinstance(stats, RowStatistics):
-        return stats.count == 0
-    return ~(stats.free & (stats.count > 0)[:, None]).any(axis=0)
 
 
 def keep_silent(trial: ParamsLGSSM, current: ParamsLGSSM, silent: Silent) -> ParamsLGSSM:

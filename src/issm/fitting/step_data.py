@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from issm.models.trials import Trials
 
@@ -10,7 +10,8 @@ from issm.models.trials import Trials
 class StepData:
     """Trials with every array in full: by trial (k), and by pattern of clamps and missing entries (g)."""
 
-    def __init__(self, trials: Trials):
+    def __init__(self, trials: Trials, counted: Bool[Array, " num_trials"] | None = None):
+        """All trials, or those that are `counted` alone."""
         self.trials = trials
         self.emissions = trials.emissions
         num_trials, num_timesteps, _ = trials.emissions.shape
@@ -23,6 +24,8 @@ class StepData:
         if self.observed is not None:
             # Steps after the last observation of a trial say nothing: leaving them out is exact, and quicker to converge.
             alive = jnp.flip(jnp.cumsum(jnp.flip(self.observed.any(axis=2), axis=1), axis=1), axis=1) > 0
+        if counted is not None:
+            alive = alive & counted[:, None]
         self.alive = alive
         self.free = spread(free, num_trials) & alive[:, :, None]
         chosen = trials.representatives
