@@ -209,6 +209,18 @@ def test_unused_input():
         np.testing.assert_allclose(after, before, rtol=0, atol=1e-12)
 
 
+def test_two_inputs_that_never_differ():
+    """What they do together is learned, through updates of EM and steps beyond; how they share it stays as it was."""
+    where = lambda p: (p.dynamics.input_weights, p.emissions.input_weights)  # noqa: E731
+    start = start_of(ROWS)
+    start = eqx.tree_at(where, start, [jnp.concatenate([w, w + 0.3], axis=1) for w in where(start)])
+    result = fit(start, ROWS, inputs=np.concatenate([ROWS.inputs, ROWS.inputs], axis=-1))
+    assert_sound(result)
+    for after, before in zip(where(result.params), where(start), strict=True):
+        np.testing.assert_allclose(after[:, 1] - after[:, 0], before[:, 1] - before[:, 0], rtol=0, atol=1e-9)
+        assert (np.abs(after - before) > 1e-3).any()
+
+
 def test_state_that_is_clamped_throughout():
     always = np.arange(NUM_TIMESTEPS)[:, None] > [0, NUM_TIMESTEPS]  # from the first arrival on
     plan = issm.Intervention(ROWS.mask | always, ROWS.value, ROWS.variance)

@@ -86,6 +86,13 @@ def averages(effect):
     return effect.average, effect.cumulative, effect.relative
 
 
+def spreads(effect):
+    """Without tail probabilities, which are steps."""
+    return [
+        (each.mean, each.trial.lower, each.trial.upper) for each in (effect.per_step, effect.cumulative, effect.average)
+    ]
+
+
 def excitation(report):
     """What has a derivative: a condition number may be infinite."""
     return report.excitation, report.information, report.support.gram
@@ -143,6 +150,12 @@ FUNCTIONS = {
     "posterior_sample": lambda a: infer(lambda *args, **kw: issm.posterior_sample(KEY, *args, num_samples=2, **kw))(a),
     "residual_diagnostics": lambda a: statistics(infer(issm.residual_diagnostics)(a)),
     "sample": lambda a: issm.sample(KEY, bent(a), NUM_TIMESTEPS, a["inputs"], interventions=plan(a)),
+    "sample_counterfactual": lambda a: floats(issm.sample_counterfactual(
+        KEY, bent(a), a["emissions"], issm.no_intervention(4, 2), interventions=plan(a), inputs=a["inputs"], num_draws=2)),
+    "sample_effect": lambda a: spreads(
+        issm.sample_effect(KEY, bent(a), plan(a), history=history(a), inputs=a["inputs"], num_draws=5)),
+    "sample_prediction": lambda a: issm.sample_prediction(
+        KEY, bent(a), plan(a), history=history(a), inputs=a["inputs"], num_draws=2),
     "sample_parameters": lambda a: infer(lambda *args, **kw: issm.sample_parameters(KEY, *args, **SAMPLING, **kw))(a).draws,
     "ssm_from_lgssm": lambda a: issm.ssm_from_lgssm(params(a)),
     "ssm_to_lgssm": lambda a: issm.ssm_to_lgssm(issm.ssm_from_lgssm(params(a))),

@@ -9,6 +9,8 @@ from issm.causal.compare import compare as compare
 from issm.causal.counterfactual import counterfactual as counterfactual
 from issm.causal.design import Design as Design
 from issm.causal.design import design_interventions as design_interventions
+from issm.causal.draws import Draws as Draws
+from issm.causal.draws import SampledPrediction as SampledPrediction
 from issm.causal.effects import Effect as Effect
 from issm.causal.effects import EffectEstimate as EffectEstimate
 from issm.causal.effects import causal_effect as causal_effect
@@ -22,6 +24,10 @@ from issm.causal.report import Identifiability as Identifiability
 from issm.causal.responses import ImpulseResponse as ImpulseResponse
 from issm.causal.responses import Response as Response
 from issm.causal.responses import impulse_response as impulse_response
+from issm.causal.sampled import SampledEffect as SampledEffect
+from issm.causal.sampled import sample_effect as sample_effect
+from issm.causal.sampled import sample_prediction as sample_prediction
+from issm.causal.sampled_counterfactual import sample_counterfactual as sample_counterfactual
 from issm.causal.series import SeriesEffect as SeriesEffect
 from issm.causal.series import observed_effect as observed_effect
 from issm.causal.series import placebo_effects as placebo_effects

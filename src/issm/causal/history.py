@@ -16,7 +16,7 @@ from issm.inference.dense import run_filter
 from issm.inference.observations import whiten
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM, ParamsLGSSMInitial, TimeVarying, check_params
-from issm.models.transitions import lgssm_transitions
+from issm.models.transitions import free_transitions, lgssm_transitions
 from issm.models.trials import Plan, as_plan, as_trials
 
 
@@ -161,29 +161,31 @@ def as_scenario(
 
 
 def plan_params(params: ParamsLGSSM, scenario: Scenario) -> ParamsLGSSM:
-    r"""The model over the horizon of one trial's plan: its initial distribution is that of the arrival in the first step.
-
-    After a past this is $N(A m_{t_0} + B u + b,\ A P_{t_0} A^\top + Q)$ from the filtered $m_{t_0}, P_{t_0}$: the prediction of
-    one more step without emissions and clamps. Clamps of the first step then cut it as they cut any other arrival.
-    """
+    r"""The model over the horizon of one trial's plan, after the state filtered from its past."""
     if scenario.past is None or scenario.past_plan is None:
         return params
-    num_past = scenario.past.shape[0]
-    until = at_steps(params, 0, num_past + 1)
-    clamps = scenario.past_plan.intervention
-    transitions = lgssm_transitions(
-        until,
-        jnp.concatenate([scenario.past_plan.inputs, scenario.plan.inputs[:1]]),
-        jax.tree.map(lambda leaf: jnp.concatenate([leaf, jnp.zeros_like(leaf[:1])]), clamps),
-    )
-    before, last = (jax.tree.map(lambda leaf, at=at: leaf[at], transitions) for at in (slice(num_past), num_past))
-    seen = whiten(at_steps(params, 0, num_past), scenario.past, scenario.past_plan.inputs, may_miss=True)
+    past = at_steps(params, 0, scenario.past.shape[0])
+    before = lgssm_transitions(past, scenario.past_plan.inputs, scenario.past_plan.intervention)
+    seen = whiten(past, scenario.past, scenario.past_plan.inputs, may_miss=True)
     filtered = run_filter(before, seen.reduce())
+    return arrive(params, scenario, filtered.means[-1], filtered.covs[-1])
+
+
+def arrive(params: ParamsLGSSM, scenario: Scenario, mean: Array, cov: Array) -> ParamsLGSSM:
+    r"""The model over the horizon: its initial distribution is that of the arrival in the first step.
+
+    After a state $N(m_{t_0}, P_{t_0})$ at the end of the past this is $N(A m_{t_0} + B u + b,\ A P_{t_0} A^\top + Q)$: the
+    prediction of one more step without emissions and clamps. Clamps of the first step then cut it as they cut any other arrival.
+    """
+    assert scenario.past is not None
+    num_past, inputs = scenario.past.shape[0], scenario.plan.inputs
+    two = jnp.concatenate([jnp.zeros_like(inputs[:1]), inputs[:1]])
+    last = free_transitions(at_steps(params, num_past - 1, num_past + 1), two)
     arrival = ParamsLGSSMInitial(
-        last.weights @ filtered.means[-1] + last.shift,
-        symmetrize(last.weights @ filtered.covs[-1] @ last.weights.T + last.cov),
+        last.weights[1] @ mean + last.shift[1],
+        symmetrize(last.weights[1] @ cov @ last.weights[1].T + last.cov[1]),
     )
-    ahead = at_steps(params, num_past, num_past + scenario.plan.inputs.shape[-2])
+    ahead = at_steps(params, num_past, num_past + inputs.shape[-2])
     return ParamsLGSSM(arrival, ahead.dynamics, ahead.emissions)
 
 

@@ -60,10 +60,8 @@ def laplace_posterior(model: SSM, trials: Trials, num_iters: Int[Array, ""]) -> 
 
     def one(emissions: Array, inputs: Array, intervention: Intervention) -> PosteriorSSM:
         problem = make_problem(model, emissions, inputs, intervention)
-        mode = find_mode(jax.tree.map(_without_derivative, problem), num_iters=num_iters)
-        states, _, _ = smooth_around(problem, mode.states, curvature(problem, mode.states))
-        # Once more, around a path that carries the derivatives of the first pass.
-        return approximation(problem, mode, states, curvature(problem, states))
+        mode, states, potential = expand(problem, num_iters)
+        return approximation(problem, mode, states, potential)
 
     return trials.map(one)
 
@@ -91,6 +89,13 @@ class Mode(eqx.Module):
 def make_problem(model: SSM, emissions: Array, inputs: Array, intervention: Intervention) -> Problem:
     """Gather what belongs to one sequence."""
     return Problem(model, emissions, inputs, lgssm_transitions(companion(model), inputs, intervention))
+
+
+def expand(problem: Problem, num_iters: int | Int[Array, ""]) -> tuple[Mode, Array, tuple[Array, Array]]:
+    """The most probable path, once more around a path that carries derivatives, and the potential of the emissions there."""
+    mode = find_mode(jax.tree.map(_without_derivative, problem), num_iters=num_iters)
+    states, _, _ = smooth_around(problem, mode.states, curvature(problem, mode.states))
+    return mode, states, curvature(problem, states)
 
 
 def driven_path(into: Transitions, adjoints: Float[Array, "num_timesteps state_dim"]) -> Array:

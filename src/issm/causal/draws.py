@@ -1,0 +1,137 @@
+"""Draws of states and emissions, with their moments and Monte-Carlo errors."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from issm._check import fail
+from issm._linalg import psd_cholesky
+from issm._types import PRNGKey
+from issm.causal.predict import quantile_of_level
+from issm.causal.summaries import prediction_table
+from issm.models.ssm import SSM
+from issm.models.transitions import Transitions
+
+GAUSS_NEWTON_STEPS = 100
+
+
+class Draws(eqx.Module):
+    """Draws of vectors at every step, and their moments.
+
+    Attributes:
+        draws: `(num_draws, num_timesteps, dim)`, with a leading trial axis if there are trials.
+
+    References:
+        Gelman et al. (2013), *Bayesian Data Analysis*, sec. 10.5 (error of averages over draws).
+
+    Examples:
+        >>> import jax.numpy as jnp, issm
+        >>> draws = issm.Draws(jnp.arange(4.0).reshape(4, 1, 1))
+        >>> draws.mean.tolist(), round(float(draws.monte_carlo_error[0, 0]), 3)
+        ([[1.5]], 0.645)
+    """
+
+    draws: Float[Array, "*trials num_draws num_timesteps dim"]
+
+    @property
+    def mean(self) -> Float[Array, "*trials num_timesteps dim"]:
+        """Mean over the draws."""
+        return self.draws.mean(axis=-3)
+
+    @property
+    def sd(self) -> Float[Array, "*trials num_timesteps dim"]:
+        """Standard deviation of the draws."""
+        return self.draws.std(axis=-3, ddof=1)
+
+    @property
+    def cov(self) -> Float[Array, "*trials num_timesteps dim dim"]:
+        """Covariance of the draws within each step."""
+        off = self.draws - self.draws.mean(axis=-3, keepdims=True)
+        return jnp.einsum("...sti,...stj->...tij", off, off) / (self.draws.shape[-3] - 1)
+
+    @property
+    def monte_carlo_error(self) -> Float[Array, "*trials num_timesteps dim"]:
+        """Standard error of `mean` for having drawn so few."""
+        return self.sd / self.draws.shape[-3] ** 0.5
+
+    def interval(
+        self, level: Any = 0.95
+    ) -> tuple[Float[Array, "*trials num_timesteps dim"], Float[Array, "*trials num_timesteps dim"]]:
+        """Central interval of every entry at every step, by quantiles of the draws.
+
+        Args:
+            level: Probability that an entry lies inside, above 0 and below 1.
+
+        Returns:
+            Lower and upper ends, each of the shape of `mean`.
+
+        Raises:
+            ValueError: If `level` is not between 0 and 1.
+        """
+        tail = jax.scipy.special.ndtr(-quantile_of_level(level, self.draws.dtype))
+        return jnp.quantile(self.draws, tail, axis=-3), jnp.quantile(self.draws, 1 - tail, axis=-3)
+
+
+class SampledPrediction(eqx.Module):
+    """Draws of states and emissions under a plan.
+
+    Attributes:
+        states: Draws of the states.
+        emissions: Draws of the emissions, their own noise included.
+
+    References:
+        `docs/how-to/other-emissions.md`.
+
+    Examples:
+        >>> import jax, issm
+        >>> linear = issm.make_lgssm_params([0.0], [1.0], [[0.9]], [0.1], [[1.0]], [0.5])
+        >>> model = issm.SSM(linear.initial, linear.dynamics, issm.PoissonEmission(issm.LinearMap([[1.0], [2.0]])))
+        >>> result = issm.sample_prediction(jax.random.key(0), model, issm.no_intervention(5, 1), num_draws=10)
+        >>> result.emissions.draws.shape, result.emissions.mean.shape
+        ((10, 5, 2), (5, 2))
+    """
+
+    states: Draws
+    emissions: Draws
+
+    def summary(self) -> str:
+        """Mean and standard deviation of states and emissions at some steps, over all trials if there are several.
+
+        Returns:
+            A table.
+        """
+        return prediction_table({"state": self.states, "emission": self.emissions})
+
+
+def check_num_draws(num_draws: Any) -> None:
+    """Refuse too few draws, or what is no number of them."""
+    if isinstance(num_draws, bool) or not isinstance(num_draws, (int, np.integer)) or num_draws < 2:
+        fail(
+            "num_draws",
+            got=repr(num_draws),
+            expected="an integer of at least 2",
+            remedy="The error of a mean falls with the square root of the number of draws.",
+        )
+
+
+def simulate(key: PRNGKey, into: Transitions, num_draws: int) -> Float[Array, "num_draws num_timesteps dim"]:
+    """Paths from the transitions."""
+    noise = jax.random.normal(key, (*into.shift.shape, num_draws), into.shift.dtype)
+
+    def step(states: Array, at: tuple[Transitions, Array]) -> tuple[Array, Array]:
+        transition, white = at
+        states = transition.weights @ states + transition.shift[:, None] + psd_cholesky(transition.cov) @ white
+        return states, states
+
+    _, paths = lax.scan(step, jnp.zeros_like(noise[0]), (into, noise))
+    return jnp.transpose(paths, (2, 0, 1))
+
+
+def predictors_of(model: SSM, states: Array, inputs: Array) -> Array:
+    r"""$\eta_t$ along every path."""
+    return jax.vmap(lambda path: model.emission.predictors(path, inputs))(states)
