@@ -99,6 +99,7 @@ def plot_series_effect(
     num_timesteps, emission_dim = emissions.shape
     if not 0 <= index < emission_dim:
         fail("index", got=repr(index), expected=f"0 ... {emission_dim - 1}", remedy="Draw one emission at a time.")
+    counted = time is None
     time = np.arange(num_timesteps) if time is None else np.asarray(time)
     if time.shape != (num_timesteps,):
         fail("time", got=f"shape {time.shape}", expected=f"({num_timesteps},)", remedy="Give one time for each step.")
@@ -131,6 +132,8 @@ def plot_series_effect(
         ax.set_ylabel(word)
     for ax in axes:
         ax.axvline(time[effect.start], color="0.5", linewidth=0.8, linestyle=":")
+    if counted:
+        bottom.set_xlabel("step")
     return axes
 
 

@@ -86,6 +86,7 @@ def plot_prediction(
         (2, 1)
     """
     mean = as_series("mean", mean)
+    counted = time is None
     time = np.arange(len(mean)) if time is None else as_series("time", time, len(mean))
     if (lower is None) != (upper is None):
         fail("lower, upper", got="one of them", expected="both or neither", remedy="Pass both ends of the band.")
@@ -97,6 +98,9 @@ def plot_prediction(
     if lower is not None:
         ends = (as_series("lower", lower, len(mean)), as_series("upper", upper, len(mean)))
         ax.fill_between(time, *ends, color=line.get_color(), alpha=0.2, linewidth=0, zorder=2)
+    if counted:
+        ax.set_xlabel("step")
+        ax.xaxis.get_major_locator().set_params(integer=True)
     return ax
 
 
