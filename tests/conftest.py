@@ -1,14 +1,18 @@
 """Every test runs in float64, without implicit promotion, and with shapes checked at run time.
 
 The tests run hundreds of programs on small arrays: what they wait for is the compiler. On the CPU they therefore use its
-quickest settings, which take a seventh of the time; with an `XLA_FLAGS` of your own, the tests use that instead.
+quickest settings, which take a seventh of the time, and one thread in each process: two workers have two cores, and with few
+threads jaxlib 0.10.2 can wait for itself for ever in a batch of factorisations. With an `XLA_FLAGS` of your own, the tests use that.
 """
 
 import os
 import random
 from pathlib import Path
 
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_multi_thread_eigen=false",
+)
 
 import jax
 import pytest
