@@ -28,7 +28,14 @@ class SampledEffect(EffectEstimate):
     """Result of `sample_effect`: that of `causal_effect`, from draws.
 
     Attributes:
+        per_step: At every step of the plan, `(num_timesteps, num_outputs)`.
+        cumulative: Summed from the start of the window up to every step, `(num_timesteps, num_outputs)`.
+        average: Averaged over the window, `(num_outputs,)`.
+        relative: The average effect over the average outcome drawn under the reference, `(num_outputs,)`; NaN where that is zero.
+        level: Level of the intervals.
         num_draws: Number of draws.
+
+    All arrays have a leading trial axis if the plan, the reference, the history or the inputs have one.
 
     References:
         `docs/how-to/other-emissions.md`.
