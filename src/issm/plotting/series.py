@@ -100,7 +100,7 @@ def plot_prediction(
         ax.fill_between(time, *ends, color=line.get_color(), alpha=0.2, linewidth=0, zorder=2)
     if counted:
         ax.set_xlabel("step")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.locator_params(axis="x", integer=True)
     return ax
 
 
