@@ -10,11 +10,23 @@ would not leave the digits that the library is asked for.
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import jaxtyping
 import numpy as np
+import pytest
 
 import issm
 
 LONG = np.longdouble
+
+
+def assert_refused(call, argument):
+    """The call fails by its own check, not by the run-time types of the tests, and names the argument."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ValueError, match=f"^{argument}: got"):
+            call()
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @dataclass

@@ -154,7 +154,7 @@ def as_scenario(
     )
     past, past_plan = None, None
     if history is not None:
-        with _named("history"):
+        with named("history"):
             trials = as_trials(at_steps(params, 0, num_past), history.emissions, history.inputs, history.interventions)
         past, past_plan = trials.emissions[0] if trials.one_sequence else trials.emissions, trials.plan
     return Scenario(past, past_plan, checked, compared.intervention)
@@ -222,7 +222,7 @@ def _check_time_axis(params: ParamsLGSSM, num_past: int, num_timesteps: int) -> 
 
 
 @contextmanager
-def _named(prefix: str) -> Iterator[None]:
+def named(prefix: str) -> Iterator[None]:
     """Prefix the name of the argument in an error."""
     try:
         yield

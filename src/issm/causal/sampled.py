@@ -12,7 +12,7 @@ from issm._check import check_key
 from issm._types import PRNGKey
 from issm.causal.draws import GAUSS_NEWTON_STEPS, Draws, SampledPrediction, check_num_draws, predictors_of, simulate
 from issm.causal.effects import Effect, EffectEstimate
-from issm.causal.history import History, Scenario, arrive, as_scenario, at_steps
+from issm.causal.history import History, Scenario, arrive, as_scenario, at_steps, named
 from issm.causal.predict import quantile_of_level
 from issm.causal.readout import Readout, as_readout, as_window
 from issm.causal.twin import twin_transitions
@@ -167,7 +167,8 @@ def _check(
     check_num_draws(num_draws)
     scenario = as_scenario(companion(model), plan, reference=reference, history=history, inputs=inputs)
     if scenario.past is not None:
-        model.emission.check(scenario.past)
+        with named("history"):
+            model.emission.check(scenario.past)
     return scenario
 
 

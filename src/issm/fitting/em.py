@@ -156,7 +156,7 @@ class EMState(eqx.Module):
 def _pose(params: ParamsLGSSM, trials: Trials, rules: Rules, num_iters: int, tol: Any) -> Problem:
     dtype = params.initial.mean.dtype
     patterns = find_patterns(params, trials)
-    numbers = jnp.zeros((), dtype)  # counted in `_prepare`
+    numbers = count_observed(trials.emissions)
     return Problem(trials, patterns, rules, jnp.asarray(tol, dtype), jnp.asarray(num_iters, jnp.int32), numbers)
 
 
@@ -170,7 +170,6 @@ def _prepare(
     params: ParamsLGSSM, problem: Problem, num_places: int, accelerate: bool
 ) -> tuple[Problem, EMState, Array]:
     """Center the emissions, and set up the loop."""
-    problem = eqx.tree_at(lambda p: p.numbers, problem, count_observed(problem.trials.emissions))
     center = mean_of_observed(problem.trials.emissions)
     floor = variance_floor(params, problem.trials.emissions)
     params = shift_bias(params, center)
