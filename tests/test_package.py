@@ -60,3 +60,18 @@ def test_no_machine_paths():
             if machine_path.search(line)
         ]
     assert not found, "\n".join(found)
+
+
+INDEPENDENT_SOLVES = """
+import issm, jax, jax.numpy as jnp
+left = 5 * jnp.eye(8) + jnp.tril(jnp.ones((4, 4000, 8, 8)))
+solve = lambda a: jax.scipy.linalg.solve_triangular(a, a, lower=True).sum()
+total = jax.jit(lambda all: sum(solve(all[i]) for i in range(4)))
+for _ in range(20):
+    total(left).block_until_ready()
+"""
+
+
+def test_independent_batches_of_solves_come_to_an_end():
+    """Without more threads than processors they wait for each other for ever, on machines with up to four of them."""
+    subprocess.run([sys.executable, "-c", INDEPENDENT_SOLVES], check=True, timeout=120)

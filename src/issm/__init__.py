@@ -1,5 +1,6 @@
 """Causal state-space modelling of dynamical systems under intervention, in JAX."""
 
+from issm import _thread_pool as _thread_pool
 from issm.causal.clamp_check import ClampCheck as ClampCheck
 from issm.causal.clamp_check import check_clamps as check_clamps
 from issm.causal.compare import Comparison as Comparison
