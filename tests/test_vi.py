@@ -79,3 +79,18 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_calls_say_what_is_wrong(name):
     assert_refused(*BAD[name])
+
+
+def test_a_network_alone_learns_the_posterior_of_a_known_model():
+    """The model stays as it is, no rollout stage comes first, and q gets near the smoother's Gaussian."""
+    network = issm.FreePotentials(4, 12, D)
+    how = dict(interventions=PLAN, trainable=False, num_iters=200, num_samples=4, recognition_rate=5e-2)
+    result = issm.fit_vi(KEY, TRUTH, network, COUNTS, **how)
+    assert all(map(np.array_equal, jax.tree.leaves(result.params), jax.tree.leaves(TRUTH)))
+    assert result.rollout_log_probs.shape == (0,)
+    found = issm.posterior(TRUTH, COUNTS, interventions=PLAN, method=result.recognition)
+    laplace = issm.posterior(TRUTH, COUNTS, interventions=PLAN)
+    np.testing.assert_allclose(found.smoothed_means, laplace.smoothed_means, atol=0.1)  # of sds around .3
+    np.testing.assert_allclose(found.smoothed_covariances, laplace.smoothed_covariances, atol=0.02)
+    with pytest.raises(ValueError, match="trainable: got nothing but False"):
+        issm.fit_vi(KEY, TRUTH, None, COUNTS, **how)

@@ -8,7 +8,9 @@ import numpy as np
 from issm._check import fail, is_concrete
 
 
-def trainable_masks(tree: Any, trainable: Any, *, fixed: Any = None, argument: str = "trainable") -> Any:
+def trainable_masks(
+    tree: Any, trainable: Any, *, fixed: Any = None, argument: str = "trainable", may_be_none: bool = False
+) -> Any:
     """Spread a pytree prefix of Booleans over a pytree of arrays.
 
     Args:
@@ -18,6 +20,7 @@ def trainable_masks(tree: Any, trainable: Any, *, fixed: Any = None, argument: s
         fixed: Type of the subtrees that cannot be trained. They become False unless a True stands at their very place or
             below, which is refused.
         argument: Name for error messages.
+        may_be_none: Whether it is in order to train nothing of `tree`.
 
     Returns:
         Boolean arrays in the structure of `tree`, every one with the shape of its leaf.
@@ -37,8 +40,7 @@ def trainable_masks(tree: Any, trainable: Any, *, fixed: Any = None, argument: s
     masks = jax.tree_util.tree_map_with_path(
         lambda path, spread: spread.masks(argument, path, fixed), broadcast, is_leaf=lambda x: isinstance(x, _Spread)
     )
-    leaves = jax.tree.leaves(masks)
-    if all(is_concrete(leaf) for leaf in leaves) and not any(np.asarray(leaf).any() for leaf in leaves):
+    if not may_be_none and all(all_false(leaf) for leaf in jax.tree.leaves(masks)):
         fail(
             argument,
             got="nothing but False",

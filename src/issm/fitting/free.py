@@ -34,10 +34,10 @@ def from_free(free: SSM, like: SSM) -> SSM:
     return model
 
 
-def split(model: SSM, trainable: Any) -> tuple[Any, Any, Any]:
+def split(model: SSM, trainable: Any, *, may_be_none: bool = False) -> tuple[Any, Any, Any]:
     """The arrays of a model that a gradient can move, the rest, and Booleans that say what of the former may change."""
     arrays, rest = eqx.partition(model, eqx.is_inexact_array)
-    masks = trainable_masks(arrays, trainable, fixed=TimeVarying)
+    masks = trainable_masks(arrays, trainable, fixed=TimeVarying, may_be_none=may_be_none)
     if hasattr(model.emission, "exposure"):
         shape = getattr(model.emission, "exposure").shape  # noqa: B009
         masks = eqx.tree_at(lambda m: m.emission.exposure, masks, np.zeros(shape, bool))

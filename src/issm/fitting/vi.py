@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array
 
 from issm._check import check_key, fail
+from issm._trees import all_false
 from issm._types import PRNGKey
 from issm.fitting.free import from_free, keep_frozen, learning_rates, split, to_free
 from issm.fitting.laplace_em import check_count, finish, prepare, rollout_length, rollout_stage
@@ -66,13 +67,15 @@ def fit_vi(
         inputs: Soft inputs $u_t$, shared or one array for each trial.
         interventions: Clamps, shared or one for each trial. None: no clamps.
         trainable: What of the model may change: a pytree prefix of its arrays with Booleans, or Boolean arrays for single
-            entries. None: everything but `TimeVarying` fields and exposures.
+            entries. None: everything but `TimeVarying` fields and exposures. False: the model is known, and the network
+            alone learns.
         held_out: Boolean, `(num_trials,)`: trials to learn nothing from, whose bound is recorded. None: none.
         gamma: Weight of the divergence: below 1 the bound is tempered, and no longer a bound.
         num_samples: Pairs of draws for each trial and update.
         batch_size: Number of trials drawn for each update; None: all. Not together with `held_out`.
         num_iters: Number of updates, at least 0.
-        num_rollout: Number of updates of the rollout stage. None: 400 if there are clamps, else 0.
+        num_rollout: Number of updates of the rollout stage. None: 400 if there are clamps and something of the model may change,
+            else 0.
         dynamics_rate: Learning rate of dynamics, initial state and noise in the rollout stage; a fifth of it afterwards.
         emission_rate: Learning rate of the emission map in the rollout stage; a fifth of it afterwards.
         recognition_rate: Learning rate of the recognition network.
@@ -103,14 +106,15 @@ def fit_vi(
     trials, data = prepare(model, emissions, inputs, interventions, held_out, patience)
     if recognition is not None:
         check_recognition(recognition, model, trials)
-    num_rollout = rollout_length(num_rollout, interventions)
+    _, _, masks = split(model, trainable, may_be_none=recognition is not None)
+    known = all(all_false(mask) for mask in jax.tree.leaves(masks))
+    num_rollout = rollout_length(num_rollout, None if known else interventions)
     check_count("num_iters", num_iters, 0)
     check_count("num_samples", num_samples, 1)
     _check_batch(batch_size, trials, held_out)
     model, rollout = rollout_stage(
         model, trials, data, trainable, num_rollout, dynamics_rate, emission_rate, patience, progress
     )
-    _, _, masks = split(model, trainable)
     arrays, rest = eqx.partition(to_free(model), eqx.is_inexact_array)
     network, fixed = eqx.partition(recognition, eqx.is_inexact_array)
     masks = (masks, jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), network))
