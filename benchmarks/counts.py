@@ -57,7 +57,7 @@ def predicted(model, plan, inputs=None):
     inputs = jnp.zeros((*plan.mask.shape[:2], 0)) if inputs is None else inputs
     rate = lambda state, u: model.emission.mean(model.emission.map(state) + model.emission.input_weights @ u)  # noqa: E731
     mean = lambda states, inputs: jax.vmap(jax.vmap(rate))(states, inputs)  # noqa: E731
-    return jax.vmap(mean, in_axes=(0, None))(draws.states.draws, inputs).mean(axis=0)
+    return jax.vmap(mean, in_axes=(1, None))(draws.states.draws, inputs).mean(axis=0)
 
 
 def by_dynamax(counts, inputs, state_dim, num_iters=300):

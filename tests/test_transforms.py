@@ -110,6 +110,8 @@ def damped(a):
 
 SAMPLING = {"num_samples": 4, "num_warmup": 1, "num_chains": 1, "trainable": ONLY_OFFSETS}
 FUNCTIONS = {
+    "bend_dynamics": lambda a: issm.bend_dynamics(
+        KEY, issm.ssm_from_lgssm(params(diagonal_noise(a))), (2,)).dynamics.map(a["value"][0]),
     "causal_effect": lambda a: issm.causal_effect(params(a), plan(a), history=history(a), inputs=a["inputs"]),
     "controlled_direct_effect": lambda a: limits(
         issm.controlled_direct_effect(damped(a), source=0, mediators=[1], num_steps=2, value=a["value"][0, 0])

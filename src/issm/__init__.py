@@ -101,9 +101,11 @@ from issm.models.lgssm import TimeVarying as TimeVarying
 from issm.models.lgssm import make_lgssm_params as make_lgssm_params
 from issm.models.maps import MLP as MLP
 from issm.models.maps import LinearMap as LinearMap
+from issm.models.nonlinear import NonlinearDynamics as NonlinearDynamics
 from issm.models.padding import pad_trials as pad_trials
 from issm.models.sampling import lgssm_sample as lgssm_sample
 from issm.models.ssm import SSM as SSM
+from issm.models.ssm import bend_dynamics as bend_dynamics
 from issm.models.ssm import ssm_from_lgssm as ssm_from_lgssm
 from issm.models.ssm import ssm_to_lgssm as ssm_to_lgssm
 from issm.models.structural import StructuralModel as StructuralModel

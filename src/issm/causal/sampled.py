@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from issm._check import check_key
 from issm._types import PRNGKey
+from issm.causal.curved import draw_worlds
 from issm.causal.draws import GAUSS_NEWTON_STEPS, Draws, SampledPrediction, check_num_draws, predictors_of, simulate
 from issm.causal.effects import Effect, EffectEstimate
 from issm.causal.history import History, Scenario, arrive, as_scenario, at_steps, named
@@ -20,6 +21,7 @@ from issm.causal.uncertainty import empirical_spread
 from issm.inference.laplace import Problem, approximation, expand
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM, over_time
+from issm.models.nonlinear import NonlinearDynamics
 from issm.models.ssm import SSM, check_model, companion
 from issm.models.transitions import lgssm_transitions
 
@@ -119,7 +121,7 @@ def sample_effect(
     r"""Effect of one plan against another for any emission model, $\tau_t = E[y_t \mid do(\pi_1), h] - E[y_t \mid do(\pi_0), h]$.
 
     Each draw is one trial in two worlds that share the initial state and all noise of the states; its effect is the difference of
-    the expected emissions given the states, $E[y \mid \eta'_t] - E[y \mid \eta_t]$. Equal plans have no effect, exactly. The
+    the expected emissions given the states, $E[y \mid \eta'_t] - E[y \mid \eta_t]$. Equal plans have no effect. The
     parameters are taken as known: map the function over draws of them to see what they add.
 
     Args:
@@ -186,9 +188,11 @@ def _map_trials(key: PRNGKey, scenario: Scenario, kernel: Callable[..., Any], *o
 def _predict(key: PRNGKey, model: SSM, scenario: Scenario, num_draws: int) -> SampledPrediction:
     def one(key: PRNGKey, scenario: Scenario) -> SampledPrediction:
         path_key, noise_key = jax.random.split(key)
-        inputs = scenario.plan.inputs
-        into = lgssm_transitions(_horizon(model, scenario), inputs, scenario.plan.intervention)
-        states = simulate(path_key, into, num_draws)
+        inputs, plan = scenario.plan.inputs, scenario.plan.intervention
+        if isinstance(model.dynamics, NonlinearDynamics):
+            (states,) = draw_worlds(path_key, model, scenario, (plan,), num_draws)
+        else:
+            states = simulate(path_key, lgssm_transitions(_horizon(model, scenario), inputs, plan), num_draws)
         emissions = model.emission.sample(noise_key, predictors_of(model, states, inputs))
         return SampledPrediction(Draws(states), Draws(emissions))
 
@@ -208,10 +212,13 @@ def _effect(
 ) -> SampledEffect:
     def one(key: PRNGKey, scenario: Scenario, window: Array) -> SampledEffect:
         inputs, plan = scenario.plan.inputs, scenario.plan.intervention
-        into = twin_transitions(_horizon(model, scenario), inputs, scenario.reference, plan)
-        paths = simulate(key, into, num_draws)
-        before, change = jnp.split(paths, 2, axis=-1)
-        without, under = (_outcomes(model, readout, states, inputs) for states in (before, before + change))
+        if isinstance(model.dynamics, NonlinearDynamics):
+            worlds = draw_worlds(key, model, scenario, (scenario.reference, plan), num_draws)
+        else:
+            into = twin_transitions(_horizon(model, scenario), inputs, scenario.reference, plan)
+            before, change = jnp.split(simulate(key, into, num_draws), 2, axis=-1)
+            worlds = (before, before + change)
+        without, under = (_outcomes(model, readout, states, inputs) for states in worlds)
         counted = window.astype(without.dtype)[None]
         effects, length = under - without, window.sum().astype(without.dtype)
         totals = jnp.cumsum(effects * counted, axis=1)
@@ -242,9 +249,8 @@ def _horizon(model: SSM, scenario: Scenario) -> ParamsLGSSM:
         return params
     past, before = scenario.past_plan, at_steps(params, 0, scenario.past.shape[0])
     into = lgssm_transitions(before, past.inputs, past.intervention)
-    problem = Problem(model, scenario.past, past.inputs, into)
-    mode, states, potential = expand(problem, GAUSS_NEWTON_STEPS)
-    found = approximation(problem, mode, states, potential)
+    problem = Problem(model, scenario.past, past.inputs, past.intervention, into)
+    found = approximation(*expand(problem, GAUSS_NEWTON_STEPS))
     return arrive(params, scenario, found.smoothed_means[-1], found.smoothed_covariances[-1])
 
 

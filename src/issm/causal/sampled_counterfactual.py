@@ -10,16 +10,18 @@ from jaxtyping import Array
 from issm._check import check_key
 from issm._linalg import psd_cholesky
 from issm._types import PRNGKey
+from issm.causal.curved import draw_curved_twins
 from issm.causal.draws import GAUSS_NEWTON_STEPS, Draws, SampledPrediction, check_num_draws, predictors_of, simulate
 from issm.causal.history import check_plan
 from issm.causal.twin import twin_transitions
 from issm.inference.dense import run_filter, run_smoother
-from issm.inference.laplace import Problem, expand
+from issm.inference.laplace import expand, make_problem
 from issm.inference.observations import Potential
 from issm.interventions import Intervention
 from issm.models.couplings import couple
+from issm.models.nonlinear import NonlinearDynamics
 from issm.models.ssm import SSM, as_model_trials, companion
-from issm.models.transitions import Transitions, lgssm_transitions
+from issm.models.transitions import Transitions
 from issm.models.trials import Plan, Trials, as_plan
 
 
@@ -91,7 +93,8 @@ def sample_counterfactual(
 def _counterfactual(key: PRNGKey, model: SSM, trials: Trials, other: Intervention, num_draws: int) -> SampledPrediction:
     def one(key: PRNGKey, emissions: Array, plan: Plan, other: Intervention) -> SampledPrediction:
         path_key, noise_key = jax.random.split(key)
-        states, others = _draw_twins(path_key, model, emissions, plan, other, num_draws)
+        twins = draw_curved_twins if isinstance(model.dynamics, NonlinearDynamics) else _draw_twins
+        states, others = twins(path_key, model, emissions, plan, other, num_draws)
         factual, counterfactual = (predictors_of(model, each, plan.inputs) for each in (states, others))
         keys = jax.random.split(noise_key, num_draws)
         shared = lambda key, eta, other_eta: couple(model.emission, key, emissions, eta, other_eta)  # noqa: E731
@@ -113,8 +116,8 @@ def _draw_twins(
     $z^+$ from the prior and $\epsilon \sim N(0, J)$ (Durbin & Koopman 2012, sec. 4.9).
     """
     params = companion(model)
-    problem = Problem(model, emissions, plan.inputs, lgssm_transitions(params, plan.inputs, plan.intervention))
-    _, path, (pull, precision) = expand(problem, GAUSS_NEWTON_STEPS)
+    problem = make_problem(model, emissions, plan.inputs, plan.intervention)
+    _, _, path, (pull, precision) = expand(problem, GAUSS_NEWTON_STEPS)
     state_dim = path.shape[-1]
     twins = twin_transitions(params, plan.inputs, plan.intervention, other)
     around = jnp.concatenate([path, jnp.zeros_like(path)], axis=1)

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from issm._trees import apply_mask, trainable_masks
 from issm.models.lgssm import TimeVarying
+from issm.models.nonlinear import NonlinearDynamics
 from issm.models.ssm import SSM
 
 DYNAMICS_FLOOR, INITIAL_FLOOR, EMISSION_FLOOR = 1e-7, 1e-5, 1e-5
@@ -51,13 +52,16 @@ def keep_frozen(masks: Any, new: Any, old: Any) -> Any:
 
 
 def learning_rates(arrays: Any, dynamics_rate: float, emission_rate: float) -> Any:
-    """One rate for the map of the emissions, another for the dynamics, the initial state and all noise."""
+    """One rate for maps, another for linear dynamics, the initial state and all noise."""
     slow = jax.tree.map(lambda _: emission_rate, arrays)
     rates = eqx.tree_at(
         lambda m: (m.initial, m.dynamics),
         slow,
         jax.tree.map(lambda _: dynamics_rate, (arrays.initial, arrays.dynamics)),
     )
+    if isinstance(arrays.dynamics, NonlinearDynamics):
+        slow_map = jax.tree.map(lambda _: emission_rate, arrays.dynamics.map)
+        rates = eqx.tree_at(lambda m: m.dynamics.map, rates, slow_map)
     for name in ("cov", "concentration"):
         if hasattr(arrays.emission, name):
             rates = eqx.tree_at(lambda m, n=name: getattr(m.emission, n), rates, dynamics_rate)

@@ -1,29 +1,31 @@
 r"""Laplace EM: Gauss-Newton smoothing in turn with the parameters that maximise the expected log joint density."""
 
+from functools import partial
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from issm._check import as_array, fail, is_concrete
-from issm._linalg import psd_cholesky, symmetrize
+from issm._linalg import symmetrize
 from issm.fitting.arrival_statistics import ArrivalMoments, arrival_statistics
+from issm.fitting.curved_dynamics import arrivals, cubature_points, update_noise
 from issm.fitting.free import DYNAMICS_FLOOR, INITIAL_FLOOR, from_free, keep_frozen, learning_rates, split, to_free
 from issm.fitting.m_step import BlockRules, coefficient_mask, coefficients_of, update_block, with_coefficients
 from issm.fitting.mask_patterns import find_patterns
 from issm.fitting.regression import PatternStatistics, RowStatistics, never_free
-from issm.fitting.rollout import fit_rollout
-from issm.fitting.ssm_result import Code, SSMFit
-from issm.fitting.stage import AdamState, Data, Loop, ascend, run_stage, start_adam
+from issm.fitting.rollout import rollout_states
+from issm.fitting.ssm_fits import check_count, finish, prepare, rollout_length, rollout_stage
+from issm.fitting.ssm_result import SSMFit
+from issm.fitting.stage import AdamState, Data, ascend, run_stage, start_adam
 from issm.fitting.step_data import StepData, with_inputs
 from issm.inference.laplace import approximation, find_mode, make_problem, potentials
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSMDynamics, ParamsLGSSMInitial, TimeVarying, values_of
-from issm.models.ssm import SSM, as_model_trials, companion
+from issm.models.nonlinear import NonlinearDynamics
+from issm.models.ssm import SSM, companion
 from issm.models.trials import Plan, Trials
 
 GAUSS_NEWTON_STEPS = 4  # for each sweep; the path goes on from where the last one ended
@@ -58,6 +60,10 @@ def fit_laplace_em(
     3. moves the emission parameters along the gradient of $E[\log p(y_t \mid f(x_t))]$, the expectation over 2D points with the
        posterior's mean and covariance.
 
+    Of `NonlinearDynamics` only the noise has a closed form; their map moves along the gradient of the expected log density of
+    the free arrivals, over 4D points of neighbouring states. Paths and covariances are those of the linear dynamics that touch
+    the map at the path (the curvature of the map is left out of the Hessian). Such a fit needs a good start: `bend_dynamics`.
+
     Everything is compiled; `jax.vmap` over models runs many seeds at once.
 
     Args:
@@ -69,7 +75,7 @@ def fit_laplace_em(
             None: everything but `TimeVarying` fields and exposures.
         held_out: Boolean, `(num_trials,)`: trials to learn nothing from, whose objective is recorded. None: none.
         num_iters: Number of sweeps, at least 0.
-        num_rollout: Number of updates of the rollout stage. None: 400 if there are clamps, else 0.
+        num_rollout: Number of updates of the rollout stage. None: 400 if there are clamps and the dynamics are linear, else 0.
         num_gradient_steps: Steps of Adam on the emission in each sweep, at least 1.
         dynamics_rate: Learning rate of dynamics, initial mean and noise in the rollout stage.
         emission_rate: Learning rate of the emission map in the rollout stage; the sweeps use a fifth of it.
@@ -100,7 +106,8 @@ def fit_laplace_em(
         True
     """
     trials, data = prepare(model, emissions, inputs, interventions, held_out, patience)
-    num_rollout = rollout_length(num_rollout, interventions)
+    curved = isinstance(model.dynamics, NonlinearDynamics)
+    num_rollout = rollout_length(num_rollout, None if curved else interventions)
     check_count("num_iters", num_iters, 0)
     check_count("num_gradient_steps", num_gradient_steps, 1)
     model, rollout = rollout_stage(
@@ -110,9 +117,8 @@ def fit_laplace_em(
     arrays, rest = eqx.partition(model, eqx.is_inexact_array)
     rates = learning_rates(arrays, dynamics_rate / 5, emission_rate / 5)
     step = Sweep(trials, data, model, rest, masks, rates, num_iters, num_gradient_steps)
-    free, _ = eqx.partition(to_free(model).emission, eqx.is_inexact_array)
-    adjoints = jnp.zeros((*trials.emissions.shape[:2], model.state_dim), model.initial.mean.dtype)
-    carry = (adjoints, start_adam(free, jax.random.key(0)))
+    free, _ = eqx.partition(_by_gradient(to_free(model)), eqx.is_inexact_array)
+    carry = (_first_paths(model, trials), start_adam(free, jax.random.key(0)))
     loop = run_stage(
         step, arrays, carry, data, num_iters=num_iters, patience=patience, tol=tol, label="laplace EM", bar=progress
     )
@@ -134,42 +140,64 @@ class Sweep(eqx.Module):
 
     def __call__(self, arrays: Any, carry: Any, index: Array) -> tuple[Array, Any, Any]:
         """Laplace's marginal log-likelihood of every trial, new parameters, paths and state of the optimiser."""
-        adjoints, adam = carry
+        paths, adam = carry
         model = eqx.combine(arrays, self.rest)
-        moments, adjoints = expectations(model, self.trials, adjoints)
-        updated = update_dynamics(model, moments, self.trials, self.data.training, self.masks)
-        emission, adam = self._move_emission(updated, moments, adam, index)
-        updated = eqx.tree_at(lambda m: m.emission, updated, emission)
-        return moments.log_probs, eqx.filter(updated, eqx.is_inexact_array), (adjoints, adam)
+        moments, paths = expectations(model, self.trials, paths)
+        updated = update_in_closed_form(model, moments, self.trials, self.data.training, self.masks)
+        updated, adam = self._move(updated, moments, adam, index)
+        return moments.log_probs, eqx.filter(updated, eqx.is_inexact_array), (paths, adam)
 
-    def _move_emission(
-        self, model: SSM, moments: "Expectations", adam: AdamState, index: Array
-    ) -> tuple[Any, AdamState]:
+    def _move(self, model: SSM, moments: "Expectations", adam: AdamState, index: Array) -> tuple[SSM, AdamState]:
+        """Some steps of Adam on what has no closed form."""
         free_model = to_free(model)
-        arrays, rest = eqx.partition(free_model.emission, eqx.is_inexact_array)
+        arrays, rest = eqx.partition(_by_gradient(free_model), eqx.is_inexact_array)
+        masks = _by_gradient(self.masks)
+        if len(masks) == 2:  # the noise has a closed form
+            masks = eqx.tree_at(lambda m: m[1].cov, masks, jnp.zeros(model.state_dim, bool))
         points = cubature_points(moments.means, moments.covs)
+        pairs = None
+        if isinstance(model.dynamics, NonlinearDynamics):
+            pairs = arrivals(moments.means, moments.covs, moments.cross_covs, self.trials)
 
         def objective(arrays: Any) -> Array:
-            whole = eqx.tree_at(lambda m: m.emission, free_model, eqx.combine(arrays, rest))
-            emission = from_free(whole, self.like).emission
+            moved = from_free(eqx.tree_at(_by_gradient, free_model, eqx.combine(arrays, rest)), self.like)
+            emission = moved.emission
 
             def one(emissions: Array, inputs: Array, states: Array) -> Array:
                 at = lambda x: emission.log_prob(emissions, emission.predictors(x, inputs)).sum()  # noqa: E731
                 return jax.vmap(at)(states).mean()
 
             axes = (0, self.trials.plan.axes.inputs, 0)
-            return self.data.mean(jax.vmap(one, in_axes=axes)(self.trials.emissions, self.trials.plan.inputs, points))
+            per_trial = jax.vmap(one, in_axes=axes)(self.trials.emissions, self.trials.plan.inputs, points)
+            if pairs is not None and isinstance(moved.dynamics, NonlinearDynamics):
+                per_trial = per_trial + pairs.log_probs(moved.dynamics)
+            return self.data.mean(per_trial)
 
         def move(carry: tuple[Any, AdamState], inner: Array) -> tuple[tuple[Any, AdamState], None]:
             arrays, adam = carry
-            how = {"masks": self.masks.emission, "rates": self.rates.emission}
+            how = {"masks": masks, "rates": _by_gradient(self.rates)}
             total = self.num_iters * self.num_gradient_steps
             count = index * self.num_gradient_steps + inner
             return ascend(jax.grad(objective)(arrays), adam, arrays, count, num_iters=total, **how), None
 
         (arrays, adam), _ = lax.scan(move, (arrays, adam), jnp.arange(self.num_gradient_steps, dtype=jnp.int32))
-        whole = eqx.tree_at(lambda m: m.emission, free_model, eqx.combine(arrays, rest))
-        return keep_frozen(self.masks.emission, from_free(whole, self.like).emission, model.emission), adam
+        moved = from_free(eqx.tree_at(_by_gradient, free_model, eqx.combine(arrays, rest)), self.like)
+        kept = keep_frozen(masks, _by_gradient(moved), _by_gradient(model))
+        return eqx.tree_at(_by_gradient, model, kept), adam
+
+
+def _by_gradient(model: Any) -> Any:
+    """The parts of a model (or of a tree like it) that the gradient moves: maps, and what goes with them."""
+    return (model.emission, model.dynamics) if isinstance(model.dynamics, NonlinearDynamics) else (model.emission,)
+
+
+def _first_paths(model: SSM, trials: Trials) -> Float[Array, "num_trials num_timesteps state_dim"]:
+    """Where the first E step starts: the path without noise, as `find_mode` holds it."""
+    if isinstance(model.dynamics, NonlinearDynamics):
+        return jax.vmap(partial(rollout_states, model), in_axes=(trials.plan.axes,), axis_size=trials.num_trials)(
+            trials.plan
+        )
+    return jnp.zeros((*trials.emissions.shape[:2], model.state_dim), model.initial.mean.dtype)
 
 
 class Expectations(eqx.Module):
@@ -181,12 +209,13 @@ class Expectations(eqx.Module):
     log_probs: Float[Array, "*num_trials"]
 
 
-def expectations(model: SSM, trials: Trials, adjoints: Array) -> tuple[Expectations, Array]:
-    """The E step: the Gaussian around every trial's path, found from the paths that `adjoints` drive."""
+def expectations(model: SSM, trials: Trials, paths: Array) -> tuple[Expectations, Array]:
+    """The E step: the Gaussian around every trial's path, found from `paths` as `find_mode` holds them."""
 
-    def one(emissions: Array, plan: Plan, adjoints: Array) -> tuple[Expectations, Array]:
+    def one(emissions: Array, plan: Plan, path: Array) -> tuple[Expectations, Array]:
         problem = make_problem(model, emissions, plan.inputs, plan.intervention)
-        mode = find_mode(problem, num_iters=GAUSS_NEWTON_STEPS, adjoints=adjoints)
+        mode = find_mode(problem, num_iters=GAUSS_NEWTON_STEPS, start=path)
+        problem = problem.around(mode.states)
         result = approximation(problem, mode, mode.states, potentials(problem, mode.states))
         moments = Expectations(
             result.smoothed_means,
@@ -194,23 +223,18 @@ def expectations(model: SSM, trials: Trials, adjoints: Array) -> tuple[Expectati
             result.smoothed_cross_covariances,
             result.marginal_loglik,
         )
-        return moments, mode.adjoints
+        return moments, mode.states if problem.curved else mode.adjoints
 
-    return jax.vmap(one, in_axes=(0, trials.plan.axes, 0))(trials.emissions, trials.plan, adjoints)
-
-
-def cubature_points(means: Array, covs: Array) -> Float[Array, "num_trials num_points num_timesteps state_dim"]:
-    r"""$m_t \pm \sqrt{D}\,L_t e_i$: points with the mean and the covariance of the posterior."""
-    state_dim = means.shape[-1]
-    factors = jax.vmap(psd_cholesky)(covs.reshape(-1, state_dim, state_dim)).reshape(covs.shape)
-    arms = jnp.moveaxis(factors, 3, 1) * jnp.sqrt(jnp.asarray(state_dim, means.dtype))
-    return jnp.concatenate([means[:, None] + arms, means[:, None] - arms], axis=1)
+    return jax.vmap(one, in_axes=(0, trials.plan.axes, 0))(trials.emissions, trials.plan, paths)
 
 
-def update_dynamics(
+def update_in_closed_form(
     model: SSM, moments: Expectations, trials: Trials, training: Bool[Array, " num_trials"], masks: Any
 ) -> SSM:
-    """The M step of the dynamics and of the initial state, that of `fit_em`; where data are silent nothing changes."""
+    """The M step of linear dynamics and of the initial state, that of `fit_em`; of nonlinear dynamics, that of the noise.
+
+    Where data are silent nothing changes.
+    """
     every = jnp.arange(trials.num_trials)  # covariances differ between trials whatever their clamps
     own = Trials(trials.emissions, trials.plan, every, None, trials.one_sequence, trials.may_miss)
     data, patterns = StepData(own, training), find_patterns(companion(model), own)
@@ -218,7 +242,10 @@ def update_dynamics(
     found = _initial_moments(initial, moments)
     where = (data, slice(0, 1), patterns.initial.free, patterns.initial.index[..., None], patterns.initial.unclamped)
     initial = _update(initial, arrival_statistics(found, *where, initial.cov), masks.initial, INITIAL_FLOOR)
-    if not any(isinstance(field, TimeVarying) for field in vars(dynamics).values()) and moments.means.shape[1] > 1:
+    if isinstance(dynamics, NonlinearDynamics):
+        pairs = arrivals(moments.means, moments.covs, moments.cross_covs, trials)
+        dynamics = update_noise(dynamics, pairs, training, masks.dynamics.cov)
+    elif not any(isinstance(field, TimeVarying) for field in vars(dynamics).values()) and moments.means.shape[1] > 1:
         found, masked = _dynamics_moments(dynamics, moments, data.inputs), patterns.dynamics
         where = (data, slice(1, None), masked.free, masked.index[..., 1:], masked.unclamped)
         dynamics = _update(dynamics, arrival_statistics(found, *where, dynamics.cov), masks.dynamics, DYNAMICS_FLOOR)
@@ -259,82 +286,4 @@ def _update(block: Any, stats: RowStatistics | PatternStatistics, masks: Any, fl
     moves = rule.cov.all() & ~silent.all()
     return with_coefficients(
         block, coefficients, jnp.where(moves, cov + floor * jnp.eye(cov.shape[0], dtype=cov.dtype), block.cov)
-    )
-
-
-# What all fits of a general model share
-
-
-def prepare(
-    model: SSM, emissions: Any, inputs: Any, interventions: Any, held_out: Any, patience: Any
-) -> tuple[Trials, Data]:
-    """Check the data, and say which trials are learned from."""
-    trials = as_model_trials(model, emissions, inputs, interventions)
-    num_trials, dtype = trials.num_trials, model.initial.mean.dtype
-    held_out = np.zeros(num_trials, bool) if held_out is None else as_array("held_out", held_out)
-    if held_out.dtype != bool or held_out.shape != (num_trials,):
-        fail(
-            "held_out",
-            got=f"dtype {held_out.dtype}, shape {tuple(held_out.shape)}",
-            expected=f"Booleans, (num_trials,) = ({num_trials},)",
-            remedy="Mark the trials that nothing is learned from.",
-        )
-    known = is_concrete(held_out)
-    if known and bool(np.asarray(held_out).all()):
-        fail("held_out", got="nothing but True", expected="a trial to learn from", remedy="Leave one trial False.")
-    if patience is not None:
-        check_count("patience", patience, 1)
-        if known and not np.asarray(held_out).any():
-            fail(
-                "patience",
-                got=f"{patience} without held-out trials",
-                expected="`held_out` trials that say when to stop",
-                remedy="Mark some trials in `held_out`.",
-            )
-    counts = (~jnp.isnan(trials.emissions)).sum(axis=(1, 2)).astype(dtype)
-    return trials, Data(counts, ~jnp.asarray(held_out))
-
-
-def check_count(name: str, value: Any, smallest: int) -> None:
-    """Refuse what is not an integer of at least `smallest`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < smallest:
-        fail(name, got=repr(value), expected=f"an integer of at least {smallest}", remedy="It is a number of updates.")
-
-
-def rollout_length(num_rollout: int | None, interventions: Intervention | None) -> int:
-    """Number of updates of the rollout stage."""
-    if num_rollout is not None:
-        check_count("num_rollout", num_rollout, 0)
-        return num_rollout
-    if interventions is None:
-        return 0
-    return 400 if not is_concrete(interventions.mask) or np.asarray(interventions.mask).any() else 0
-
-
-def rollout_stage(
-    model: SSM, trials: Trials, data: Data, trainable: Any, num_rollout: int,
-    dynamics_rate: float, emission_rate: float, patience: int | None, bar: bool,
-) -> tuple[SSM, Loop | None]:  # fmt: skip
-    """The rollout stage, if it has a length."""
-    if not num_rollout:
-        return model, None
-    options = {"dynamics_rate": dynamics_rate, "emission_rate": emission_rate, "patience": patience, "bar": bar}
-    return fit_rollout(model, trials, data, trainable, num_iters=num_rollout, **options)
-
-
-def finish(model: SSM, rollout: Loop | None, loop: Loop, recognition: Any = None) -> SSMFit:
-    """Gather the result; a rollout stage that broke down says so."""
-    code = loop.code
-    if rollout is not None:
-        broken = (rollout.code >= Code.START_NOT_FINITE) & (code < Code.START_NOT_FINITE)
-        code = jnp.where(broken, rollout.code, code)
-    return SSMFit(
-        params=model,
-        rollout_log_probs=jnp.zeros(0, loop.log.dtype) if rollout is None else rollout.log,
-        log_probs=loop.log,
-        held_out=loop.held_out,
-        converged=code == Code.CONVERGED,
-        num_iters=loop.num_updates,
-        code=code,
-        recognition=recognition,
     )

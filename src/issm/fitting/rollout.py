@@ -1,4 +1,7 @@
-r"""The rollout stage: the deterministic path between clamps, $x_t = (1-c_t) \odot (A x_{t-1} + B u_t + b) + c_t \odot v_t$."""
+r"""The rollout stage: the deterministic path between clamps, $x_t = (1-c_t) \odot (A x_{t-1} + B u_t + b) + c_t \odot v_t$.
+
+Nonlinear dynamics have their map in the place of A and b.
+"""
 
 from typing import Any
 
@@ -10,6 +13,7 @@ from jaxtyping import Array, Float
 
 from issm.fitting.free import from_free, keep_frozen, learning_rates, split, to_free
 from issm.fitting.stage import AdamState, Data, Loop, ascend, run_stage, start_adam
+from issm.models.nonlinear import NonlinearDynamics, follow, no_noise
 from issm.models.ssm import SSM, companion
 from issm.models.transitions import lgssm_transitions
 from issm.models.trials import Plan, Trials
@@ -17,6 +21,9 @@ from issm.models.trials import Plan, Trials
 
 def rollout_states(model: SSM, plan: Plan) -> Float[Array, "num_timesteps state_dim"]:
     """The path of one sequence without noise; clamps hold their values."""
+    if isinstance(model.dynamics, NonlinearDynamics):
+        none = no_noise(plan.intervention)
+        return follow(model.initial.mean, model.dynamics, plan.inputs, plan.intervention, none)
     into = lgssm_transitions(companion(model), plan.inputs, plan.intervention)
 
     def step(state: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:

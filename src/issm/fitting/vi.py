@@ -12,7 +12,7 @@ from issm._check import check_key, fail
 from issm._trees import all_false
 from issm._types import PRNGKey
 from issm.fitting.free import from_free, keep_frozen, learning_rates, split, to_free
-from issm.fitting.laplace_em import check_count, finish, prepare, rollout_length, rollout_stage
+from issm.fitting.ssm_fits import check_count, finish, prepare, rollout_length, rollout_stage
 from issm.fitting.ssm_result import SSMFit
 from issm.fitting.stage import AdamState, Data, ascend, run_stage, start_adam
 from issm.inference.laplace import find_mode, make_problem, potentials
@@ -20,7 +20,7 @@ from issm.inference.observations import Potential
 from issm.inference.recognition import Recognition
 from issm.inference.variational import bound_of, check_recognition
 from issm.interventions import Intervention
-from issm.models.ssm import SSM
+from issm.models.ssm import SSM, check_linear
 from issm.models.trials import Plan, Trials
 
 MIXING = 0.6  # weight of the newest Gauss-Newton potentials
@@ -104,6 +104,7 @@ def fit_vi(
     """
     check_key(key)
     trials, data = prepare(model, emissions, inputs, interventions, held_out, patience)
+    check_linear(model, "whose divergence has no closed form, use `fit_laplace_em`")
     if recognition is not None:
         check_recognition(recognition, model, trials)
     _, _, masks = split(model, trainable, may_be_none=recognition is not None)

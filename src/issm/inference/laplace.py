@@ -2,7 +2,8 @@ r"""Laplace's approximation to the posterior of a general state-space model, by 
 
 Around a path, the emissions act on the states as Gaussian potentials; filter and smoother turn these into the next path. A
 path is held as the adjoints $\rho_t$ that drive it, $x_t = A_t x_{t-1} + a_t + Q_t \rho_t$, so that its prior density is
-$-\tfrac12 \sum_t \rho_t^\top Q_t \rho_t$ without a division by $Q_t$, which clamps make singular.
+$-\tfrac12 \sum_t \rho_t^\top Q_t \rho_t$ without a division by $Q_t$, which clamps make singular. Nonlinear dynamics are replaced by
+the linear ones that touch them at the path, anew in every step; their paths are held as they are.
 """
 
 from typing import Any
@@ -16,9 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 from issm.inference.dense import BackwardPass, FilterPass, run_filter, run_smoother
 from issm.inference.observations import Potential
 from issm.interventions import Intervention
-from issm.models.ssm import SSM, companion
-from issm.models.transitions import Transitions, lgssm_transitions
-from issm.models.trials import Trials
+from issm.models.joint import state_log_prob
+from issm.models.nonlinear import NonlinearDynamics, follow, no_noise
+from issm.models.ssm import SSM, transitions_at
+from issm.models.transitions import Transitions
+from issm.models.trials import Plan, Trials
 
 HALVINGS = 20
 
@@ -59,24 +62,35 @@ def laplace_posterior(model: SSM, trials: Trials, num_iters: Int[Array, ""]) -> 
     """Laplace's approximation for every trial, with the user's leading axes."""
 
     def one(emissions: Array, inputs: Array, intervention: Intervention) -> PosteriorSSM:
-        problem = make_problem(model, emissions, inputs, intervention)
-        mode, states, potential = expand(problem, num_iters)
-        return approximation(problem, mode, states, potential)
+        return approximation(*expand(make_problem(model, emissions, inputs, intervention), num_iters))
 
     return trials.map(one)
 
 
 class Problem(eqx.Module):
-    """One sequence: its data, and the transitions into every step."""
+    """One sequence: its data, and the transitions into every step, those of nonlinear dynamics around some path."""
 
     model: SSM
     emissions: Float[Array, "num_timesteps emission_dim"]
     inputs: Float[Array, "num_timesteps input_dim"]
+    intervention: Intervention
     into: Transitions
+
+    @property
+    def curved(self) -> bool:
+        """Whether the transitions depend on the path."""
+        return isinstance(self.model.dynamics, NonlinearDynamics)
+
+    def around(self, states: Float[Array, "num_timesteps state_dim"]) -> "Problem":
+        """The same with the transitions that touch nonlinear dynamics at `states`."""
+        if not self.curved:
+            return self
+        into = transitions_at(self.model, states, self.inputs, self.intervention)
+        return eqx.tree_at(lambda problem: problem.into, self, into)
 
 
 class Mode(eqx.Module):
-    """The most probable path, the adjoints that drive it, and how it was found."""
+    """The most probable path, the adjoints that drive it (zero with nonlinear dynamics), and how it was found."""
 
     states: Float[Array, "num_timesteps state_dim"]
     adjoints: Float[Array, "num_timesteps state_dim"]
@@ -87,15 +101,18 @@ class Mode(eqx.Module):
 
 
 def make_problem(model: SSM, emissions: Array, inputs: Array, intervention: Intervention) -> Problem:
-    """Gather what belongs to one sequence."""
-    return Problem(model, emissions, inputs, lgssm_transitions(companion(model), inputs, intervention))
+    """Gather what belongs to one sequence; nonlinear dynamics around the path that has no noise."""
+    path = None
+    if isinstance(model.dynamics, NonlinearDynamics):
+        path = follow(model.initial.mean, model.dynamics, inputs, intervention, no_noise(intervention))
+    return Problem(model, emissions, inputs, intervention, transitions_at(model, path, inputs, intervention))
 
 
-def expand(problem: Problem, num_iters: int | Int[Array, ""]) -> tuple[Mode, Array, tuple[Array, Array]]:
-    """The most probable path, once more around a path that carries derivatives, and the potential of the emissions there."""
+def expand(problem: Problem, num_iters: int | Int[Array, ""]) -> tuple[Problem, Mode, Array, tuple[Array, Array]]:
+    """The most probable path, once more around a path that carries derivatives; the problem and the potential there."""
     mode = find_mode(jax.tree.map(_without_derivative, problem), num_iters=num_iters)
-    states, _, _ = smooth_around(problem, mode.states, curvature(problem, mode.states))
-    return mode, states, curvature(problem, states)
+    states, _, _ = smooth_around(problem.around(mode.states), mode.states, curvature(problem, mode.states))
+    return problem.around(states), mode, states, curvature(problem, states)
 
 
 def driven_path(into: Transitions, adjoints: Float[Array, "num_timesteps state_dim"]) -> Array:
@@ -110,16 +127,21 @@ def driven_path(into: Transitions, adjoints: Float[Array, "num_timesteps state_d
     return lax.scan(step, jnp.zeros_like(drive[0]), (into.weights, drive))[1]
 
 
-def find_mode(problem: Problem, *, num_iters: int | Int[Array, ""], adjoints: Array | None = None) -> Mode:
-    """Gauss-Newton steps with a line search, from the path that `adjoints` drive (None: the mean of the prior)."""
+def find_mode(problem: Problem, *, num_iters: int | Int[Array, ""], start: Array | None = None) -> Mode:
+    """Gauss-Newton steps with a line search.
+
+    They start from the path that the adjoints `start` drive, with nonlinear dynamics from the path `start`; None: from the path
+    without noise.
+    """
     into, emission = problem.into, problem.model.emission
     dtype = into.shift.dtype
     tolerance = 4 * jnp.sqrt(jnp.finfo(dtype).eps)
 
     def objective(states: Array, adjoints: Array) -> Array:
         log_probs = emission.log_prob(problem.emissions, emission.predictors(states, problem.inputs))
-        cost = jnp.einsum("ti,tij,tj->", adjoints, into.cov, adjoints)
-        return log_probs.sum() - cost / 2
+        if problem.curved:
+            return log_probs.sum() + state_log_prob(problem.model, states, Plan(problem.inputs, problem.intervention))
+        return log_probs.sum() - jnp.einsum("ti,tij,tj->", adjoints, into.cov, adjoints) / 2
 
     def better(value: Array, old: Array) -> Array:
         slack = 8 * jnp.finfo(dtype).eps * jnp.abs(old)
@@ -127,8 +149,10 @@ def find_mode(problem: Problem, *, num_iters: int | Int[Array, ""], adjoints: Ar
 
     def iterate(mode: Mode) -> Mode:
         pull, precision = potentials(problem, mode.states)
-        states, _, backward = smooth_around(problem, mode.states, (pull, precision), mode.adjoints)
-        change, turn = states - mode.states, backward.adjoints - mode.adjoints
+        here, driven_by = problem.around(mode.states), None if problem.curved else mode.adjoints
+        states, _, backward = smooth_around(here, mode.states, (pull, precision), driven_by)
+        change = states - mode.states
+        turn = jnp.zeros_like(change) if problem.curved else backward.adjoints - mode.adjoints
         spread = jnp.sqrt(jnp.maximum(jnp.diagonal(backward.covs, axis1=1, axis2=2), 0.0))
         size = jnp.where(spread > 0, jnp.abs(change) / jnp.where(spread > 0, spread, 1.0), 0.0).max()
 
@@ -154,11 +178,15 @@ def find_mode(problem: Problem, *, num_iters: int | Int[Array, ""], adjoints: Ar
             num_iters=mode.num_iters + 1,
         )
 
-    adjoints = jnp.zeros_like(into.shift) if adjoints is None else adjoints
-    states = driven_path(into, adjoints)
+    adjoints = jnp.zeros_like(into.shift)
+    if problem.curved:
+        states = driven_path(into, adjoints) if start is None else start
+    else:
+        adjoints = adjoints if start is None else start
+        states = driven_path(into, adjoints)
     no, zero = jnp.zeros((), bool), jnp.zeros((), jnp.int32)
-    start = Mode(states, adjoints, objective(states, adjoints), no, no, zero)
-    return lax.while_loop(lambda mode: ~mode.done & (mode.num_iters < num_iters), iterate, start)
+    first = Mode(states, adjoints, objective(states, adjoints), no, no, zero)
+    return lax.while_loop(lambda mode: ~mode.done & (mode.num_iters < num_iters), iterate, first)
 
 
 def potentials(problem: Problem, states: Array) -> tuple[Array, Array]:

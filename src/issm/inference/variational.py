@@ -19,7 +19,7 @@ from issm.inference.observations import Potential, Rows
 from issm.inference.recognition import MeanField, Recognition
 from issm.interventions import Intervention
 from issm.models.emissions import LOG_TWO_PI
-from issm.models.ssm import SSM, as_model_trials
+from issm.models.ssm import SSM, as_model_trials, check_linear
 from issm.models.trials import Plan, Trials
 
 Guess = Rows | Potential | MeanField
@@ -87,7 +87,8 @@ def elbo(
 
 
 def check_recognition(recognition: Any, model: SSM, trials: Trials) -> None:
-    """Refuse what is no recognition network, or one for other data."""
+    """Refuse what is no recognition network, or one for other data, or nonlinear dynamics."""
+    check_linear(model, "whose divergence has no closed form, use `fit_laplace_em` and Laplace's approximation")
     if not isinstance(recognition, Recognition):
         fail(
             "recognition",

@@ -12,9 +12,9 @@ from issm._check import as_float_array, check_finite, check_key, check_shape, fa
 from issm._types import PRNGKey
 from issm.interventions import Intervention
 from issm.models.emissions import LOG_TWO_PI
+from issm.models.nonlinear import NonlinearDynamics, draw_noise, follow
 from issm.models.sampling import num_trials_of, sample_sequence
-from issm.models.ssm import SSM, as_model_plan, as_model_trials, check_model, companion
-from issm.models.transitions import lgssm_transitions
+from issm.models.ssm import SSM, as_model_plan, as_model_trials, check_model, companion, transitions_at
 from issm.models.trials import Plan, Trials
 
 
@@ -122,7 +122,11 @@ def log_joint(
 def _sample(key: PRNGKey, model: SSM, plan: Plan, num_trials: int | None) -> tuple[Array, Array]:
     def one(key: PRNGKey, plan: Plan) -> tuple[Array, Array]:
         state_key, emission_key = jax.random.split(key)
-        states, _ = sample_sequence(state_key, companion(model), plan.inputs, plan.intervention)
+        if isinstance(model.dynamics, NonlinearDynamics):
+            noise = draw_noise(state_key, model.initial, model.dynamics, plan.intervention)
+            states = follow(model.initial.mean, model.dynamics, plan.inputs, plan.intervention, noise)
+        else:
+            states, _ = sample_sequence(state_key, companion(model), plan.inputs, plan.intervention)
         return states, model.emission.sample(emission_key, model.emission.predictors(states, plan.inputs))
 
     if num_trials is None:
@@ -143,7 +147,7 @@ def _log_joint(model: SSM, states: Array, trials: Trials) -> Array:
 
 def state_log_prob(model: SSM, states: Float[Array, "num_timesteps state_dim"], plan: Plan) -> Float[Array, ""]:
     r"""$\log p(x_{0:T-1} \mid do(\cdot), u)$ of one sequence."""
-    into = lgssm_transitions(companion(model), plan.inputs, plan.intervention)
+    into = transitions_at(model, states, plan.inputs, plan.intervention)
     previous = jnp.concatenate([jnp.zeros_like(states[:1]), states[:-1]])
     residuals = states - (into.weights * previous[:, None, :]).sum(axis=-1) - into.shift
     known = jnp.diagonal(into.cov, axis1=1, axis2=2) == 0

@@ -1,6 +1,6 @@
-r"""State-space models with linear Gaussian dynamics under clamps and any emissions, $y_t \sim p(y \mid f(x_t), u_t)$."""
+r"""State-space models under clamps with any emissions, $y_t \sim p(y \mid f(x_t), u_t)$, and linear or nonlinear dynamics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from issm._check import common_float_dtype, fail
+from issm._check import check_key, common_float_dtype, fail
+from issm._types import PRNGKey
 from issm.interventions import Intervention
 from issm.models.emissions import Emission, GaussianEmission
 from issm.models.lgssm import (
@@ -18,8 +19,11 @@ from issm.models.lgssm import (
     ParamsLGSSMInitial,
     TimeVarying,
     check_params,
+    values_of,
 )
-from issm.models.maps import LinearMap
+from issm.models.maps import MLP, LinearMap
+from issm.models.nonlinear import NonlinearDynamics, transitions_around
+from issm.models.transitions import Transitions, lgssm_transitions
 from issm.models.trials import Plan, Trials, as_plan, as_trials
 
 
@@ -28,11 +32,12 @@ class SSM(eqx.Module):
 
     $$x_0 \sim N(m, S), \quad x_t = A x_{t-1} + B u_t + b + w_t, \quad w_t \sim N(0, Q), \quad y_t \sim p(y \mid f(x_t) + D u_t)$$
 
-    with clamps as in the linear model. All numbers take the widest floating dtype among them.
+    with clamps as in the linear model;
+    `NonlinearDynamics` put a map of their own in the place of $A x_{t-1} + b$. All numbers take the widest floating dtype among them.
 
     Attributes:
         initial: Mean and covariance of the first state.
-        dynamics: How one state follows from the last.
+        dynamics: How one state follows from the last: `ParamsLGSSMDynamics`, or `NonlinearDynamics`.
         emission: `GaussianEmission`, `PoissonEmission`, `NegativeBinomialEmission` or `BernoulliEmission` around a map: a
             `LinearMap`, an `MLP`, or any callable pytree from `(state_dim,)` to `(emission_dim,)`.
 
@@ -52,25 +57,37 @@ class SSM(eqx.Module):
     """
 
     initial: ParamsLGSSMInitial
-    dynamics: ParamsLGSSMDynamics
+    dynamics: ParamsLGSSMDynamics | NonlinearDynamics
     emission: Emission
 
-    def __init__(self, initial: ParamsLGSSMInitial, dynamics: ParamsLGSSMDynamics, emission: Emission):
-        for name, value, kind in (
-            ("initial", initial, ParamsLGSSMInitial),
-            ("dynamics", dynamics, ParamsLGSSMDynamics),
-            ("emission", emission, Emission),
+    def __init__(
+        self, initial: ParamsLGSSMInitial, dynamics: ParamsLGSSMDynamics | NonlinearDynamics, emission: Emission
+    ):
+        for name, value, kinds in (
+            ("initial", initial, (ParamsLGSSMInitial,)),
+            ("dynamics", dynamics, (ParamsLGSSMDynamics, NonlinearDynamics)),
+            ("emission", emission, (Emission,)),
         ):
-            if not isinstance(value, kind):
+            if not isinstance(value, kinds):
                 fail(
                     name,
                     got=f"a {type(value).__name__}",
-                    expected=f"a {kind.__name__}",
+                    expected=" or ".join(f"a {kind.__name__}" for kind in kinds),
                     remedy="Take `initial` and `dynamics` from `make_lgssm_params`, and wrap a map in an emission model.",
                 )
         dtype = common_float_dtype(initial, dynamics, emission)
         initial, dynamics, emission = cast_floats((initial, dynamics, emission), dtype)
-        emission_dim = _mapped_size(emission.map, initial.mean.shape[-1], dtype)
+        state_dim = initial.mean.shape[-1]
+        emission_dim = mapped_size("emission.map", emission.map, state_dim, dtype)
+        if isinstance(dynamics, NonlinearDynamics):
+            next_dim = mapped_size("dynamics.map", dynamics.map, state_dim, dtype)
+            if next_dim != state_dim:
+                fail(
+                    "dynamics.map",
+                    got=f"a map to {next_dim} numbers",
+                    expected=f"a map to the {state_dim} states",
+                    remedy="It takes one state and returns the expected next one.",
+                )
         if emission.input_weights is None:
             num_inputs = _num_inputs(dynamics)
             blank = jnp.zeros((emission_dim, num_inputs), dtype)
@@ -89,7 +106,7 @@ class SSM(eqx.Module):
     @property
     def emission_dim(self) -> int:
         """Number of emissions N."""
-        return _mapped_size(self.emission.map, self.state_dim, self.initial.mean.dtype)
+        return mapped_size("emission.map", self.emission.map, self.state_dim, self.initial.mean.dtype)
 
     @property
     def input_dim(self) -> int:
@@ -136,13 +153,13 @@ def ssm_to_lgssm(model: SSM) -> ParamsLGSSM:
     """The parameters of a model that is linear and Gaussian, for the exact algorithms.
 
     Args:
-        model: A model with a `GaussianEmission` around a `LinearMap`.
+        model: A model with linear dynamics and a `GaussianEmission` around a `LinearMap`.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If the emission is of another kind.
+        ValueError: If the emission or the dynamics are of another kind.
 
     References:
         `docs/concepts.md`, "Other emissions".
@@ -154,6 +171,7 @@ def ssm_to_lgssm(model: SSM) -> ParamsLGSSM:
         True
     """
     check_model(model)
+    linear = check_linear(model, 'use `posterior(model, emissions, method="laplace")`')
     emission = model.emission
     if not (isinstance(emission, GaussianEmission) and isinstance(emission.map, LinearMap)):
         fail(
@@ -165,7 +183,51 @@ def ssm_to_lgssm(model: SSM) -> ParamsLGSSM:
     emissions = ParamsLGSSMEmissions(
         weights=emission.map.weights, bias=emission.map.bias, input_weights=_input_weights(model), cov=emission.cov
     )
-    return ParamsLGSSM(model.initial, model.dynamics, emissions)
+    return ParamsLGSSM(model.initial, linear, emissions)
+
+
+def bend_dynamics(key: PRNGKey, model: SSM, widths: Sequence[int] = (32,), *, activation: str = "tanh") -> SSM:
+    r"""The same model with dynamics that can learn to be nonlinear: $A x + b$ beside a network that starts as zero.
+
+    A good start for a fit of nonlinear dynamics is the linear model that comes closest, whose emissions are near the truth.
+
+    Args:
+        key: JAX random key, for the weights of the network.
+        model: A model with linear dynamics and diagonal process noise, both the same at every step.
+        widths: Numbers of units of the hidden layers, at least one.
+        activation: Of the network, as in `MLP`.
+
+    Returns:
+        The model with `NonlinearDynamics` around an `MLP`.
+
+    Raises:
+        ValueError: If the dynamics are nonlinear already, vary in time, or have correlated noise or a variance of zero.
+
+    References:
+        `docs/how-to/nonlinear-dynamics.md`.
+
+    Examples:
+        >>> import jax, issm
+        >>> linear = issm.ssm_from_lgssm(issm.make_lgssm_params([0.0], [1.0], [[0.75]], [0.1], [[1.0]], [0.5]))
+        >>> issm.bend_dynamics(jax.random.key(0), linear).dynamics.map(jax.numpy.array([2.0])).tolist()
+        [1.5]
+    """
+    check_key(key)
+    check_model(model)
+    linear = check_linear(model, "there is nothing to do")
+    for name, field in vars(linear).items():
+        if isinstance(field, TimeVarying):
+            fail(
+                f"model.dynamics.{name}",
+                got="a TimeVarying",
+                expected="a constant field",
+                remedy="A map of the dynamics is the same at every step.",
+            )
+    weights, bias, cov = values_of(linear.weights), values_of(linear.bias), values_of(linear.cov)
+    state_dim = model.state_dim
+    network = MLP(key, state_dim, state_dim, widths, activation=activation, bias=bias, dtype=bias.dtype)
+    network = eqx.tree_at(lambda n: n.skip, network, weights)
+    return SSM(model.initial, NonlinearDynamics(network, cov, values_of(linear.input_weights)), model.emission)
 
 
 def check_model(model: Any) -> None:
@@ -180,16 +242,42 @@ def check_model(model: Any) -> None:
     model.emission.check_sizes(model.emission_dim)
 
 
+def check_linear(model: SSM, instead: str) -> ParamsLGSSMDynamics:
+    """The dynamics, for what needs them to be linear."""
+    if isinstance(model.dynamics, NonlinearDynamics):
+        fail(
+            "model.dynamics",
+            got="NonlinearDynamics",
+            expected="linear dynamics, `ParamsLGSSMDynamics`",
+            remedy=f"For nonlinear ones, {instead}.",
+        )
+    return model.dynamics
+
+
 def companion(model: SSM) -> ParamsLGSSM:
-    """A linear Gaussian model with the same states, inputs and numbers of emissions; its emissions see nothing."""
-    dtype, emission_dim = model.initial.mean.dtype, model.emission_dim
+    """A linear Gaussian model with the same states, inputs and numbers of emissions; its emissions see nothing.
+
+    The dynamics are those of the model if they are linear; of others only their sizes and noise are there, for checks.
+    """
+    dtype, emission_dim, dynamics = model.initial.mean.dtype, model.emission_dim, model.dynamics
     blank = ParamsLGSSMEmissions(
         weights=jnp.zeros((emission_dim, model.state_dim), dtype),
         bias=jnp.zeros(emission_dim, dtype),
         input_weights=_input_weights(model),
         cov=jnp.ones(emission_dim, dtype),
     )
-    return ParamsLGSSM(model.initial, model.dynamics, blank)
+    if isinstance(dynamics, NonlinearDynamics):
+        zeros = jnp.zeros(model.state_dim, dtype)
+        dynamics = ParamsLGSSMDynamics(jnp.diag(zeros), zeros, dynamics.input_weights, dynamics.cov)
+    return ParamsLGSSM(model.initial, dynamics, blank)
+
+
+def transitions_at(model: SSM, states: Array | None, inputs: Array, intervention: Intervention) -> Transitions:
+    """The transitions of one sequence; those of nonlinear dynamics touch them at the path `states`."""
+    if isinstance(model.dynamics, NonlinearDynamics):
+        assert states is not None
+        return transitions_around(states, model.initial, model.dynamics, inputs, intervention)
+    return lgssm_transitions(companion(model), inputs, intervention)
 
 
 def as_model_trials(model: SSM, emissions: Any, inputs: Any, interventions: Any) -> Trials:
@@ -226,17 +314,17 @@ def _input_weights(model: SSM) -> Array:
     return weights
 
 
-def _num_inputs(dynamics: ParamsLGSSMDynamics) -> int:
+def _num_inputs(dynamics: ParamsLGSSMDynamics | NonlinearDynamics) -> int:
     weights = dynamics.input_weights
     return (weights.values if isinstance(weights, TimeVarying) else weights).shape[-1]
 
 
-def _mapped_size(map: Callable[[Array], Array], state_dim: int, dtype: Any) -> int:
-    """Number of emissions: what the map returns for one state."""
+def mapped_size(name: str, map: Callable[[Array], Array], state_dim: int, dtype: Any) -> int:
+    """How many numbers a map makes of one state."""
     in_size = getattr(map, "in_size", state_dim)
     if in_size not in (state_dim, "scalar"):
         fail(
-            "emission.map",
+            name,
             got=f"a map of {in_size} numbers",
             expected=f"a map of the {state_dim} states",
             remedy="Build it with in_size = state_dim.",
@@ -245,14 +333,14 @@ def _mapped_size(map: Callable[[Array], Array], state_dim: int, dtype: Any) -> i
         mapped = jax.eval_shape(map, jax.ShapeDtypeStruct((state_dim,), dtype))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"emission.map: got a map that fails on one state, shape ({state_dim},), with: {error}. Expected a callable from"
-            " (state_dim,) to (emission_dim,). Check the width of its first layer."
+            f"{name}: got a map that fails on one state, shape ({state_dim},), with: {error}. Expected a callable from one"
+            " state to one array. Check the width of its first layer."
         ) from error
     if not isinstance(mapped, jax.ShapeDtypeStruct) or mapped.ndim != 1 or mapped.shape[0] < 1:
         fail(
-            "emission.map",
+            name,
             got=f"a map to {getattr(mapped, 'shape', type(mapped).__name__)}",
-            expected="a map to one array (emission_dim,)",
-            remedy="Return one number for each emission.",
+            expected="a map to one array with one axis",
+            remedy="Return one number for each emission, or for each state.",
         )
     return mapped.shape[0]
