@@ -117,7 +117,7 @@ def study(seed, state_dim, emission_dim, options):
     _, test_counts = issm.sample(jax.random.key(1000 + seed), truth, NUM_TIMESTEPS, interventions=test_plan)
     floor = float(((test_counts - predicted(truth, test_plan)) ** 2).mean())
     start_with = dict(likelihood="poisson", link="exp", widths=())
-    start = issm.initialize_ssm(jax.random.key(2), counts, state_dim, **start_with)
+    start = issm.initialize_ssm(jax.random.key(2), counts, state_dim, interventions=plan, **start_with)
     additive = issm.initialize_ssm(jax.random.key(2), counts, state_dim, input_dim=state_dim, **start_with)
     no_plan = jax.tree.map(jnp.zeros_like, test_plan)
     fitters = {

@@ -70,7 +70,7 @@ def posteriors(model, emissions, plan):
     """What the library says, by its name."""
     data = dict(interventions=plan)
     batch = emissions[None]
-    train = dict(trainable=False, num_rollout=0, num_iters=2000, num_samples=8, recognition_rate=2e-2, **data)
+    train = dict(trainable=False, num_rollout=0, num_iters=4000, num_samples=16, recognition_rate=2e-2, **data)
     yield "Laplace", issm.posterior(model, emissions, **data)
     free = issm.FreePotentials(1, NUM_TIMESTEPS, STATE_DIM)
     fit = issm.fit_vi(jax.random.key(4), model, free, batch, **train)
@@ -100,7 +100,7 @@ def main() -> None:
             f"\n{name}: NUTS {time.perf_counter() - began:.0f} s, Monte-Carlo error {error:.3f} sd, R-hat {r_hat:.4f}"
         )
         for method, result in found.items():
-            own = np.sqrt(np.diagonal(result.smoothed_covariances, axis1=1, axis2=2)).ravel()[free]
+            own = np.sqrt(np.diagonal(result.smoothed_covariances, axis1=1, axis2=2).ravel()[free])
             off = np.abs(np.asarray(result.smoothed_means).ravel()[free] - mean) / sd
             ratio = own / sd
             print(f"  {method:16} mean off by {off.max():.3f} sd at most ({off.mean():.3f} on average), "

@@ -1,10 +1,12 @@
 """Two systems with curved emissions, fitted with clamps, with additive inputs, and with neither.
 
 Every fit learns the linear dynamics and an emission network at once. It is judged on stimulation that it has not seen: by the
-rollout, which knows the clamps and nothing else, by the prediction of each step from all steps before it, and by the error of
-the rates J = (A - I) / dt.
+rollout, which knows the clamps and nothing else, by the prediction of each step from all steps before it, by the error of
+the rates J = (A - I) / dt, and by the noise it finds. The true parameters are judged beside it.
 
     python examples/seed_demo.py -c examples/configs/seed_demo.yaml -o results
+    python examples/seed_demo.py -c examples/configs/seed_demo_noisy.yaml
+    python examples/seed_demo.py -c examples/configs/seed_demo_lifted.yaml
 """
 
 import argparse
@@ -22,12 +24,29 @@ from issm.metrics import r2, relative_error
 from issm.simulate import DynamicAttractor, RotationalDynamics, euler_sample, random_stimulation
 
 SYSTEMS = {"DynamicAttractor": DynamicAttractor(a1=-20.0, a2=1.2), "RotationalDynamics": RotationalDynamics(a=1.2)}
-RATES = {"DynamicAttractor": [[-20.0, 0.0], [-1.2, 0.0]], "RotationalDynamics": [[0.0, 0.0], [1.2, 0.0]]}
-VARIANTS = ("iSSM", "additive SSM", "observational SSM")
+VARIANTS = ("iSSM", "iSSM, rollout only", "additive SSM", "observational SSM")
+
+
+class TrueMap(eqx.Module):
+    """The emission map of a system, turned into more dimensions by `lift`."""
+
+    system: eqx.Module
+    lift: jax.Array
+
+    def __call__(self, state):
+        return self.system.emit(state, self.lift)
+
+
+def true_map(name, config):
+    """An orthogonal lift; the identity for two emissions."""
+    square = (
+        jnp.eye(2) if config["emission_dim"] == 2 else jax.random.normal(jax.random.key(3), (config["emission_dim"], 2))
+    )
+    return TrueMap(SYSTEMS[name], jnp.linalg.qr(square)[0].T if config["emission_dim"] > 2 else square)
 
 
 def simulate(key, name, config):
-    """Clamps, states and emissions of one draw of the stimulation."""
+    """Clamps, states, emissions and their means, of one draw of the stimulation."""
     stimulation_key, state_key, emission_key = jax.random.split(key, 3)
     options = dict(config["stimulation"])
     options["gap"] = tuple(options["gap"])
@@ -38,13 +57,24 @@ def simulate(key, name, config):
         state_key, SYSTEMS[name], config["num_timesteps"], dt=config["dt"], initial_state=[0.0, 0.0],
         noise_scale=config["process_sd"] / np.sqrt(config["dt"]), interventions=plan,
     )  # fmt: skip
-    clean = SYSTEMS[name].emit(states)
-    return plan, states, clean + config["emission_sd"] * jax.random.normal(emission_key, clean.shape)
+    clean = true_map(name, config)(states)
+    return plan, states, clean + config["emission_sd"] * jax.random.normal(emission_key, clean.shape), clean
+
+
+def true_model(name, config):
+    """The system as a model; noise that is not there is as small as single precision allows."""
+    rates, drift = jax.jacfwd(SYSTEMS[name])(jnp.zeros(2)), SYSTEMS[name](jnp.zeros(2))
+    linear = issm.make_lgssm_params(
+        jnp.zeros(2), jnp.full(2, 1e-6), jnp.eye(2) + config["dt"] * rates, jnp.full(2, config["process_sd"] ** 2 + 1e-8), jnp.eye(2),
+        jnp.ones(2), dynamics_bias=config["dt"] * drift,
+    )  # fmt: skip
+    variances = jnp.full(config["emission_dim"], config["emission_sd"] ** 2 + 1e-6)
+    return issm.SSM(linear.initial, linear.dynamics, issm.GaussianEmission(true_map(name, config), variances))
 
 
 def given_to(variant, plan):
     """What a variant is told of the stimulation: clamps, inputs or nothing."""
-    if variant == "iSSM":
+    if variant in ("iSSM", "iSSM, rollout only", "true parameters"):
         return {"interventions": plan, "inputs": None}
     return {"interventions": None, "inputs": plan.value if variant == "additive SSM" else None}
 
@@ -52,7 +82,7 @@ def given_to(variant, plan):
 def fit(variant, plan, emissions, config):
     """Fit all seeds at once; returns the fits and the CPU seconds they took, compilation included."""
     keys = jax.random.split(
-        jax.random.key(2), config["num_seeds"] if variant == "iSSM" else config["num_baseline_seeds"]
+        jax.random.key(2), config["num_seeds" if variant.startswith("iSSM") else "num_baseline_seeds"]
     )
     input_dim = 2 if variant == "additive SSM" else 0
     starts = [
@@ -69,7 +99,7 @@ def fit(variant, plan, emissions, config):
             model,
             emissions,
             num_rollout=config["num_rollout"],
-            num_iters=config["num_sweeps"],
+            num_iters=0 if variant == "iSSM, rollout only" else config["num_sweeps"],
             **given_to(variant, plan),
         )
 
@@ -118,9 +148,10 @@ def one_step(model, plan, emissions, given):
     return jax.vmap(trial)(clamps.mask, clamps.value, drives, emissions)
 
 
-def judge(name, variant, fits, plan, emissions, clean, config):
-    """One row for each seed: rollout and one-step R², error of the rates."""
+def judge(name, variant, models, plan, emissions, clean, config):
+    """One row for each model: rollout and one-step R², error of the rates, and the two standard deviations of noise."""
     given = given_to(variant, plan)
+    true_rates = jax.jacfwd(SYSTEMS[name])(jnp.zeros(2))
 
     @jax.jit
     @jax.vmap
@@ -130,19 +161,21 @@ def judge(name, variant, fits, plan, emissions, clean, config):
         return (
             r2(clean, predicted),
             r2(emissions, one_step(model, plan, emissions, given)),
-            relative_error(rates, jnp.array(RATES[name])),
+            relative_error(rates, true_rates),
+            jnp.sqrt(model.dynamics.cov.mean()),
+            jnp.sqrt(model.emission.cov.mean()),
         )
 
-    return np.stack([np.asarray(score) for score in scores(fits.params)], axis=1)
+    return np.stack([np.asarray(score) for score in scores(models)], axis=1)
 
 
 def print_table(name, rows, seconds):
-    print(f"\n{name}\n{'':>18} {'seed':>4} {'rollout R2':>11} {'one-step R2':>12} {'error of J':>11}   CPU s for all")
+    columns = ("rollout R2", "one-step R2", "error of J", "process sd", "emission sd")
+    print(f"\n{name}\n{'':>18} {'seed':>4}" + "".join(f" {column:>11}" for column in columns) + "   CPU s for all")
     for variant, scores in rows.items():
-        for seed, (long, short, error) in enumerate(scores):
-            time_spent = f"{seconds[variant]:.0f}" if seed == 0 else ""
-            label = variant if seed == 0 else ""
-            print(f"{label:>18} {seed:>4} {long:>11.4f} {short:>12.4f} {error:>11.4f}   {time_spent}")
+        for seed, row in enumerate(scores):
+            label, spent = (variant, f"{seconds.get(variant, 0):.0f}") if seed == 0 else ("", "")
+            print(f"{label:>18} {seed:>4}" + "".join(f" {value:>11.4f}" for value in row) + f"   {spent}")
 
 
 def draw(name, fits, plan, states, emissions, config, folder):
@@ -209,23 +242,32 @@ def draw(name, fits, plan, states, emissions, config, folder):
 
 
 def run(config, folder=None):
-    """Everything of the study; returns the scores by system and variant, `(num_seeds, 3)`."""
+    """Everything of the study; returns the scores by system and variant, `(num_seeds, 5)`."""
     results = {}
     for name in config["systems"]:
-        plan, _, emissions = simulate(jax.random.key(0), name, config)
-        test_plan, test_states, test_emissions = simulate(jax.random.key(1), name, config)
-        clean = SYSTEMS[name].emit(test_states)
-        fits, rows, seconds = {}, {}, {}
+        plan, _, emissions, _ = simulate(jax.random.key(0), name, config)
+        test_plan, test_states, test_emissions, clean = simulate(jax.random.key(1), name, config)
+        truth = jax.tree.map(lambda leaf: leaf[None], eqx.filter(true_model(name, config), eqx.is_array))
+        fits, seconds = {}, {}
+        rows = {"true parameters": judge(name, "true parameters", truth, test_plan, test_emissions, clean, config)}
         for variant in VARIANTS:
             fits[variant], seconds[variant] = fit(variant, plan, emissions, config)
             broken = [
                 not np.isfinite(leaf).all() for leaf in jax.tree.leaves(eqx.filter(fits[variant].params, eqx.is_array))
             ]
             assert not any(broken), f"{variant} is not finite"
-            rows[variant] = judge(name, variant, fits[variant], test_plan, test_emissions, clean, config)
+            rows[variant] = judge(name, variant, fits[variant].params, test_plan, test_emissions, clean, config)
         print_table(name, rows, seconds)
         if folder is not None:
-            draw(name, fits, test_plan, test_states, test_emissions, config, folder)
+            draw(
+                name,
+                {v: f for v, f in fits.items() if v != "iSSM, rollout only"},
+                test_plan,
+                test_states,
+                test_emissions,
+                config,
+                folder,
+            )
         results[name] = rows
     return results
 

@@ -30,6 +30,30 @@ def fit(model=START, emissions=COUNTS, **options):
     return issm.fit_laplace_em(model, emissions, **options)
 
 
+def test_clamps_make_a_better_start():
+    """Near the truth before any update, where the other start knows of neither dynamics nor map; a missing entry is no matter."""
+    rng = np.random.default_rng(1)
+    mask, value = np.zeros((16, 40, D), bool), 1.5 * rng.normal(size=(16, 40, D))
+    for k in range(16):
+        for i in range(D):
+            first = 3 + 18 * ((i + k) % 2) + rng.integers(8)
+            mask[k, first : first + 6, i] = True
+            value[k, first : first + 6, i] = value[k, first, i]
+    plan = issm.Intervention(mask, value)
+    counts = np.array(issm.sample(KEY, TRUTH, 40, interventions=plan)[1])
+    counts[0, 3, 1] = np.nan
+    how = dict(likelihood="poisson", exposure=3.0, widths=(4,))
+    from_clamps = issm.initialize_ssm(KEY, counts, D, interventions=plan, **how)
+    held = issm.initialize_ssm(KEY, counts, D, **how)
+    np.testing.assert_allclose(from_clamps.dynamics.weights, TRUTH.dynamics.weights, atol=0.2)
+    np.testing.assert_allclose(from_clamps.emission.map.skip, TRUTH.emission.map.weights, atol=0.35)
+    truth, near, far = (
+        float(issm.posterior(model, counts, interventions=plan).marginal_loglik.sum())
+        for model in (TRUTH, from_clamps, held)
+    )
+    assert truth - near < 0.2 * (truth - far)
+
+
 @pytest.fixture(scope="module")
 def fitted():
     return fit()
@@ -143,6 +167,14 @@ BAD = {
     "a negative number of sweeps": (lambda: fit(num_iters=-1), "num_iters"),
     "unknown likelihood": (lambda: issm.initialize_ssm(KEY, COUNTS, D, likelihood="gamma"), "likelihood"),
     "no states": (lambda: issm.initialize_ssm(KEY, COUNTS, 0), "state_dim"),
+    "coins and clamps": (
+        lambda: issm.initialize_ssm(KEY, (COUNTS > 0) * 1.0, D, likelihood="bernoulli", interventions=PLAN),
+        "interventions",
+    ),
+    "inputs and clamps": (
+        lambda: issm.initialize_ssm(KEY, COUNTS, D, interventions=PLAN, input_dim=1),
+        "interventions",
+    ),
     "a vector": (lambda: issm.initialize_ssm(KEY, COUNTS[0, 0], 2), "emissions"),
 }
 

@@ -19,7 +19,11 @@ def test_study_runs(tmp_path, capsys):
         "num_rollout": 150, "num_sweeps": 2, "stimulation": config["stimulation"] | {"duration": 8, "gap": [3, 8]},
     }  # fmt: skip
     rows = study.run(config, tmp_path)["DynamicAttractor"]
-    assert all(scores.shape == (2, 3) for scores in rows.values())
+    assert {name: scores.shape for name, scores in rows.items()} == {
+        name: (1 if name == "true parameters" else 2, 5) for name in ("true parameters", *study.VARIANTS)
+    }
+    assert rows["true parameters"][0, :2].min() > 0.999
+    assert rows["true parameters"][0, 2] < 1e-5
     assert np.isfinite(rows["iSSM"]).all()
     assert rows["iSSM"][:, 0].min() > max(0.5, rows["additive SSM"][:, 0].max())
     assert "rollout R2" in capsys.readouterr().out

@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
 from issm._check import as_float_array, fail, is_concrete
 from issm._types import PRNGKey
+from issm.fitting.initialize import initialize_lgssm
+from issm.interventions import Intervention
 from issm.models.emissions import (
     BernoulliEmission,
     Emission,
@@ -15,7 +18,7 @@ from issm.models.emissions import (
     NegativeBinomialEmission,
     PoissonEmission,
 )
-from issm.models.lgssm import make_lgssm_params
+from issm.models.lgssm import make_lgssm_params, values_of
 from issm.models.maps import MLP, LinearMap
 from issm.models.ssm import SSM
 
@@ -33,14 +36,19 @@ def initialize_ssm(
     exposure: Any = 1.0,
     link: str = "softplus",
     input_dim: int = 0,
+    interventions: Intervention | None = None,
     process_scale: float = 0.1,
     initial_scale: float = 0.3,
     emission_scale: float = 0.3,
 ) -> SSM:
-    r"""A model that holds its state, $A = I, b = 0, m = 0$, under an emission map that starts out linear.
+    r"""A model whose emission map starts out linear: from the clamps if they are given, else one that holds its state.
 
-    From there the dynamics are learned as they are, never as rates, and between clamps the path starts at "hold the last
-    clamped value". The bias of the map is the mean of each emission, or what the link makes of it.
+    Without clamps $A = I, b = 0, m = 0$: between clamps the path starts at "hold the last clamped value". The bias of the map is
+    the mean of each emission, or what the link makes of it.
+
+    With `interventions` the dynamics, their noise and the linear map are those of `initialize_lgssm`, for emissions on the scale of
+    the predictors: $g(y + \tfrac12)$ of counts over their exposure, with g the inverse of the link. Where the true map is not far
+    from linear, this is by far the better start. Coins have no such scale, and take the first way.
 
     Args:
         key: JAX random key, for the weights of the map.
@@ -52,6 +60,7 @@ def initialize_ssm(
         exposure: Bin width, for counts.
         link: Of the rates of counts: "softplus" or "exp".
         input_dim: Number of soft inputs M.
+        interventions: Clamps, shared or one for each trial, to start from; not together with inputs. None: hold the state.
         process_scale: Standard deviation of the process noise for one step, in the units of the states (those of the clamps).
         initial_scale: Standard deviation of the first state.
         emission_scale: Standard deviation of Gaussian emission noise, as a part of that of each emission.
@@ -60,7 +69,7 @@ def initialize_ssm(
         The model, in the dtype of `emissions`.
 
     Raises:
-        ValueError: If the likelihood is unknown, a size is below 1, or the emissions are no numbers.
+        ValueError: If the likelihood is unknown, a size is below 1, the emissions are no numbers, or clamps do not fit them.
 
     References:
         `docs/how-to/other-emissions.md`.
@@ -114,8 +123,41 @@ def initialize_ssm(
         emissions_cov=jnp.ones(emission_dim, dtype),
     )
     noise = emission_scale**2 * np.where(variance > 0, variance, 1.0)
+    if interventions is not None:
+        _check_clamped_start(likelihood, input_dim)
+        scaled = _on_the_scale_of_predictors(likelihood, np.asarray(emissions), np.asarray(exposure), link)
+        linear = initialize_lgssm(key, jnp.asarray(scaled, dtype), state_dim, interventions=interventions).params
+        weights, bias = values_of(linear.emissions.weights), values_of(linear.emissions.bias)
+        emission_map = LinearMap(weights, bias)
+        if widths:
+            emission_map = eqx.tree_at(lambda n: (n.skip, n.biases), network, (weights, (*network.biases[:-1], bias)))
+        noise = values_of(linear.emissions.cov)
     emission = _emission(likelihood, emission_map, jnp.asarray(noise, dtype), jnp.asarray(exposure, dtype), link)
     return SSM(linear.initial, linear.dynamics, emission)
+
+
+def _check_clamped_start(likelihood: str, input_dim: int) -> None:
+    if likelihood == "bernoulli":
+        fail(
+            "interventions",
+            got="clamps, and coins",
+            expected="Gaussian emissions or counts",
+            remedy="Leave them out here; the fit itself takes them.",
+        )
+    if input_dim:
+        fail(
+            "interventions",
+            got=f"clamps, and input_dim {input_dim}",
+            expected="no soft inputs",
+            remedy="Start from `initialize_lgssm` with the inputs, or leave the clamps out.",
+        )
+
+
+def _on_the_scale_of_predictors(likelihood: str, emissions: np.ndarray, exposure: np.ndarray, link: str) -> np.ndarray:
+    """Emissions for which the predictors are about linear: the inverse link of rates that are not zero."""
+    if likelihood == "gaussian":
+        return emissions
+    return _inverse_link((emissions + 0.5) / exposure, link)
 
 
 def _offsets(likelihood: str, mean: np.ndarray, count: np.ndarray, exposure: np.ndarray, link: str) -> np.ndarray:
@@ -124,7 +166,10 @@ def _offsets(likelihood: str, mean: np.ndarray, count: np.ndarray, exposure: np.
         return mean
     if likelihood == "bernoulli":
         return np.log((mean * count + 0.5) / ((1 - mean) * count + 0.5))
-    rates = np.maximum(mean, 0.1 / count) / exposure
+    return _inverse_link(np.maximum(mean, 0.1 / count) / exposure, link)
+
+
+def _inverse_link(rates: np.ndarray, link: str) -> np.ndarray:
     return np.log(rates) if link == "exp" else rates + np.log(-np.expm1(-rates))
 
 
