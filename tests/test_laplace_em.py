@@ -168,7 +168,7 @@ BAD = {
     "unknown likelihood": (lambda: issm.initialize_ssm(KEY, COUNTS, D, likelihood="gamma"), "likelihood"),
     "no states": (lambda: issm.initialize_ssm(KEY, COUNTS, 0), "state_dim"),
     "coins and clamps": (
-        lambda: issm.initialize_ssm(KEY, (COUNTS > 0) * 1.0, D, likelihood="bernoulli", interventions=PLAN),
+        lambda: issm.initialize_ssm(KEY, (COUNTS > 0).astype(float), D, likelihood="bernoulli", interventions=PLAN),
         "interventions",
     ),
     "inputs and clamps": (
