@@ -6,11 +6,9 @@ from jaxtyping import Array, Float
 
 from issm._linalg import psd_cholesky, safe_sqrt
 from issm._types import PRNGKey
-from issm.causal.draws import GAUSS_NEWTON_STEPS, simulate
+from issm.causal.draws import GAUSS_NEWTON_STEPS, draw_deviations
 from issm.causal.history import Scenario
-from issm.inference.dense import run_filter, run_smoother
 from issm.inference.laplace import approximation, expand, make_problem
-from issm.inference.observations import Potential
 from issm.interventions import Intervention
 from issm.models.lgssm import as_matrix, values_of
 from issm.models.nonlinear import Noise, NonlinearDynamics, draw_noise, follow
@@ -71,27 +69,13 @@ def draw_curved_twins(
 
 
 def _draw_states(key: PRNGKey, model: SSM, emissions: Array, plan: Plan, num_draws: int) -> Paths:
-    r"""Draws from the Gaussian around the most probable path, $z^+ + E[z \mid g - (J z^+ + \epsilon)]$.
-
-    References:
-        Durbin & Koopman (2012), sec. 4.9.
-    """
+    """Draws from the Gaussian around the most probable path."""
     problem = make_problem(model, emissions, plan.inputs, plan.intervention)
     problem, _, path, (pull, precision) = expand(problem, GAUSS_NEWTON_STEPS)
     into = problem.into
     before = jnp.concatenate([jnp.zeros_like(path[:1]), path[:-1]])
     shift = jnp.einsum("tij,tj->ti", into.weights, before) + into.shift - path
-    prior_key, noise_key = jax.random.split(key)
-    prior = simulate(prior_key, Transitions(into.weights, shift, into.cov), num_draws)
-    white = jax.random.normal(noise_key, (num_draws, *path.shape), path.dtype)
-    factors = jax.vmap(psd_cholesky)(precision)
-    said = jnp.einsum("tij,stj->sti", precision, prior) + jnp.einsum("tij,stj->sti", factors, white)
-    correction = Transitions(into.weights, jnp.zeros_like(shift), into.cov)
-
-    def smooth(pull: Array) -> Array:
-        return run_smoother(correction, run_filter(correction, Potential(precision, pull))).means
-
-    return path[None] + prior + jax.vmap(smooth)(pull[None] - said)
+    return path[None] + draw_deviations(key, Transitions(into.weights, shift, into.cov), precision, pull, num_draws)
 
 
 def _noise_of(key: PRNGKey, states: Array, model: SSM, plan: Plan, other: Intervention) -> Noise:

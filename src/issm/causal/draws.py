@@ -14,6 +14,8 @@ from issm._linalg import psd_cholesky
 from issm._types import PRNGKey
 from issm.causal.predict import quantile_of_level
 from issm.causal.summaries import prediction_table
+from issm.inference.dense import run_filter, run_smoother
+from issm.inference.observations import Potential
 from issm.models.ssm import SSM
 from issm.models.transitions import Transitions
 
@@ -130,6 +132,29 @@ def simulate(key: PRNGKey, into: Transitions, num_draws: int) -> Float[Array, "n
 
     _, paths = lax.scan(step, jnp.zeros_like(noise[0]), (into, noise))
     return jnp.transpose(paths, (2, 0, 1))
+
+
+def draw_deviations(
+    key: PRNGKey, into: Transitions, precision: Array, pull: Array, num_draws: int
+) -> Float[Array, "num_draws num_timesteps dim"]:
+    r"""Paths from the transitions given potentials J and g.
+
+    A draw is $z^+ + E[z \mid g - (J z^+ + \epsilon)]$ for $z^+$ from the prior and $\epsilon \sim N(0, J)$.
+
+    References:
+        Durbin & Koopman (2012), sec. 4.9.
+    """
+    prior_key, noise_key = jax.random.split(key)
+    prior = simulate(prior_key, into, num_draws)
+    white = jax.random.normal(noise_key, prior.shape, prior.dtype)
+    factors = jax.vmap(psd_cholesky)(precision)
+    said = jnp.einsum("tij,stj->sti", precision, prior) + jnp.einsum("tij,stj->sti", factors, white)
+    correction = Transitions(into.weights, jnp.zeros_like(into.shift), into.cov)
+
+    def smooth(pull: Array) -> Array:
+        return run_smoother(correction, run_filter(correction, Potential(precision, pull))).means
+
+    return prior + jax.vmap(smooth)(pull[None] - said)
 
 
 def predictors_of(model: SSM, states: Array, inputs: Array) -> Array:

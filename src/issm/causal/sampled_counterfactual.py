@@ -8,15 +8,19 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from issm._check import check_key
-from issm._linalg import psd_cholesky
 from issm._types import PRNGKey
 from issm.causal.curved import draw_curved_twins
-from issm.causal.draws import GAUSS_NEWTON_STEPS, Draws, SampledPrediction, check_num_draws, predictors_of, simulate
+from issm.causal.draws import (
+    GAUSS_NEWTON_STEPS,
+    Draws,
+    SampledPrediction,
+    check_num_draws,
+    draw_deviations,
+    predictors_of,
+)
 from issm.causal.history import check_plan
 from issm.causal.twin import twin_transitions
-from issm.inference.dense import run_filter, run_smoother
 from issm.inference.laplace import expand, make_problem
-from issm.inference.observations import Potential
 from issm.interventions import Intervention
 from issm.models.couplings import couple
 from issm.models.nonlinear import NonlinearDynamics
@@ -112,8 +116,7 @@ def _draw_twins(
 ) -> tuple[Array, Array]:
     r"""Paths of both worlds given the data: the twin network smoothed through the potentials of Laplace's approximation.
 
-    With $z = [x - \hat x; \delta]$ around the most probable path $\hat x$, a draw is $z^+ + E[z \mid g - (J z^+ + \epsilon)]$ for
-    $z^+$ from the prior and $\epsilon \sim N(0, J)$ (Durbin & Koopman 2012, sec. 4.9).
+    They are drawn as $[x - \hat x; \delta]$ around the most probable path $\hat x$.
     """
     params = companion(model)
     problem = make_problem(model, emissions, plan.inputs, plan.intervention)
@@ -124,17 +127,6 @@ def _draw_twins(
     before = jnp.concatenate([jnp.zeros_like(around[:1]), around[:-1]])
     shift = jnp.einsum("tij,tj->ti", twins.weights, before) + twins.shift - around
     seen = lambda leaf: jnp.pad(leaf, ((0, 0), *((0, state_dim),) * (leaf.ndim - 1)))  # noqa: E731
-    path_key, noise_key = jax.random.split(key)
-    prior = simulate(path_key, Transitions(twins.weights, shift, twins.cov), num_draws)
-    factors = jax.vmap(psd_cholesky)(precision)
-    noise = jax.random.normal(noise_key, (num_draws, *path.shape), path.dtype)
-    said = jnp.einsum("tij,stj->sti", precision, prior[..., :state_dim]) + jnp.einsum("tij,stj->sti", factors, noise)
-    correction = Transitions(twins.weights, jnp.zeros_like(shift), twins.cov)
-
-    def smooth(pull: Array) -> Array:
-        forward = run_filter(correction, Potential(seen(precision), seen(pull)))
-        return run_smoother(correction, forward).means
-
-    drawn = prior + jax.vmap(smooth)(pull[None] - said)
+    drawn = draw_deviations(key, Transitions(twins.weights, shift, twins.cov), seen(precision), seen(pull), num_draws)
     states = path[None] + drawn[..., :state_dim]
     return states, states + drawn[..., state_dim:]

@@ -33,6 +33,7 @@ from issm.models.coordinates import transform_params
 from issm.models.lgssm import ParamsLGSSM, as_matrix, values_of
 
 WIDE = 100.0  # variance of the prior of a stimulated state, in units of the variance of the states
+LONGER = 4  # times as many updates for a second attempt
 
 
 class LearnedTargets(eqx.Module):
@@ -107,6 +108,7 @@ def learn_targets(
     r"""Learn what each stimulation channel does: clamp states, $x_{t,i} = \sum_m g_{m,i} u_{t,m}$, push them, or nothing.
 
     1. A model is fitted in which every stimulated step redraws all states from a wide prior, so that it learns from the others.
+       Where step 3 then fails and that fit has not converged, it goes on.
     2. At the steps of one channel the state is estimated from the emissions alone. A perfect clamp removes the variance that
        the dynamics would have put along the clamped state: the generalised eigenvalues of what is left against what was expected
        are near 0 along clamped states and at least 1 elsewhere; their number and eigenvectors are the states that it clamps.
@@ -128,7 +130,7 @@ def learn_targets(
         state_dim: Number of states D.
         active: True where a channel is on, same shape; None: where its amplitude is not zero. Pass it where an amplitude of
             zero is a stimulus: a clamp to zero is a clamp.
-        num_iters: Largest number of updates of each fit.
+        num_iters: Largest number of updates of each fit; a first fit that goes on takes up to four times as many.
         tol: Tolerance of `fit_em`.
 
     Returns:
@@ -159,15 +161,18 @@ def learn_targets(
     start = initialize_lgssm(key, emissions, state_dim).params
     wide = WIDE * _state_variance(start, emissions)
     redrawn = Intervention(np.repeat(stimulated[..., None], state_dim, axis=-1), jnp.zeros((), emissions.dtype), wide)
-    blind = fit_em(start, emissions, interventions=redrawn, num_iters=num_iters, tol=tol).params
-
-    steps = _stimulated_steps(blind, emissions, redrawn, wide, np.asarray(amplitudes, np.float64), active)
-    channels = [describe(steps, m) for m in range(num_channels)]
-    kinds, reasons = (list(each) for each in zip(*map(judge, channels), strict=True))
+    for num_updates in (num_iters, LONGER * num_iters):
+        fit = fit_em(start, emissions, interventions=redrawn, num_iters=num_updates, tol=tol)
+        start = blind = fit.params
+        steps = _stimulated_steps(blind, emissions, redrawn, wide, np.asarray(amplitudes, np.float64), active)
+        channels = [describe(steps, m) for m in range(num_channels)]
+        kinds, reasons = (list(each) for each in zip(*map(judge, channels), strict=True))
+        clamping = {m: c for m, c in enumerate(channels) if kinds[m] == CLAMP and c is not None}
+        states = share_states(clamping, state_dim)
+        if states is not None or fit.converged:
+            break
     for m in np.flatnonzero(~active.any(axis=(0, 1))):
         reasons[m] = "never used"
-    clamping = {m: c for m, c in enumerate(channels) if kinds[m] == CLAMP and c is not None}
-    states = share_states(clamping, state_dim)
     if states is None:
         for m in clamping:
             kinds[m], reasons[m] = UNDECIDED, "the targets of the clamping channels are not separable"
