@@ -7,7 +7,7 @@ a machine with two processors. XLA reads `NPROC` when its first array is made, a
 
 import os
 
-ENOUGH_THREADS = 16  # more than the independent batches of any program here
+ENOUGH_THREADS = 16  # a program with as many independent batches would still wait; none has been met
 
 if (os.cpu_count() or 1) < ENOUGH_THREADS:
     os.environ.setdefault("NPROC", str(ENOUGH_THREADS))

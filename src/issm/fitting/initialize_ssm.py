@@ -48,7 +48,7 @@ def initialize_ssm(
 
     With `interventions` the dynamics, their noise and the linear map are those of `initialize_lgssm`, for emissions on the scale of
     the predictors: $g(y + \tfrac12)$ of counts over their exposure, with g the inverse of the link. Where the true map is not far
-    from linear, this is by far the better start. Coins have no such scale, and take the first way.
+    from linear, this is by far the better start. Coins have no such scale: with them, leave the clamps out.
 
     Args:
         key: JAX random key, for the weights of the map.
@@ -69,7 +69,8 @@ def initialize_ssm(
         The model, in the dtype of `emissions`.
 
     Raises:
-        ValueError: If the likelihood is unknown, a size is below 1, the emissions are no numbers, or clamps do not fit them.
+        ValueError: If the likelihood is unknown, a size is below 1, the emissions are no numbers, clamps do not fit them, or
+            clamps come with coins or inputs.
 
     References:
         `docs/how-to/other-emissions.md`.
