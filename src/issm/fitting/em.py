@@ -28,6 +28,7 @@ from issm.fitting.regression import never_free
 from issm.fitting.result import Code, FitResult, first_broken_field
 from issm.fitting.statistics import SufficientStatistics, expected_statistics
 from issm.interventions import Intervention
+from issm.models.emission_sums import sum_emissions
 from issm.models.lgssm import ParamsLGSSM, TimeVarying
 from issm.models.trials import Trials, as_trials
 
@@ -178,7 +179,7 @@ def _prepare(
     kept = jnp.zeros(params.state_dim, bool)
     search = start_search(params, problem.trials) if accelerate else None
     state = EMState(params, params, floor, blank, blank, zero, zero, zero - 1, kept, search)
-    return _shift_problem(problem, center), state, center
+    return _with_sums(params, _shift_problem(problem, center)), state, center
 
 
 @jax.jit
@@ -334,6 +335,15 @@ def _shift_problem(problem: Problem, center: Array) -> Problem:
         shifted: ResolvedPrior = eqx.tree_at(lambda p: p.mean, prior, prior.mean.at[:, -1].add(-center))
         problem = eqx.tree_at(lambda p: p.rules.emissions.prior, problem, shifted)
     return eqx.tree_at(lambda p: p.trials.emissions, problem, problem.trials.emissions - center[None, None])
+
+
+def _with_sums(params: ParamsLGSSM, problem: Problem) -> Problem:
+    """With what is summed over the data once for all iterations."""
+    trials = problem.trials
+    if trials.may_miss:
+        return problem
+    sums = sum_emissions(params, trials.emissions, trials.plan.inputs)
+    return eqx.tree_at(lambda p: p.trials.sums, problem, sums, is_leaf=lambda x: x is None)
 
 
 def _check_options(num_iters: Any, tol: Any, accelerate: Any, progress: Any) -> None:

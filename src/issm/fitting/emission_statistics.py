@@ -9,8 +9,9 @@ from jax import lax
 from jaxtyping import Array
 
 from issm.fitting.regression import PatternStatistics, RowStatistics
-from issm.fitting.step_data import StepData, gram, pad, with_inputs
+from issm.fitting.step_data import StepData, flat, gram, pad, with_inputs
 from issm.inference.moments import Moments
+from issm.models.emission_sums import keeps_digits
 from issm.models.lgssm import ParamsLGSSM, TimeVarying, apply_weights, is_diagonal, over_time
 from issm.models.transitions import emission_offsets
 
@@ -52,7 +53,9 @@ def _row_emission_statistics(
         return weighted.T @ regressors, (weighted * residuals).sum(axis=0)
 
     regressors = with_inputs(states, data.inputs)
-    cross, second = _sum_over_trials(params, states, regressors, data, add, weights)
+    cross, second = _from_data(
+        params, regressors, data, lambda: _sum_over_trials(params, states, regressors, data, add, weights)
+    )
     return RowStatistics(
         gram=gram(regressors, state_covs, weights, pattern_weights),
         cross=cross - pad(cross_covs, regressors.shape[-1]),
@@ -93,7 +96,9 @@ def _correlated_emission_statistics(
 
     regressors = with_inputs(states, data.inputs)
     pattern = data.trials.spread(jnp.arange(data.num_patterns))
-    cross, second = _sum_over_trials(params, states, regressors, data, add, used, pattern)
+    cross, second = _from_data(
+        params, regressors, data, lambda: _sum_over_trials(params, states, regressors, data, add, used, pattern)
+    )
     total = lambda covs: jnp.einsum("gt,gtij->ij", pattern_weights, covs)  # noqa: E731
     return PatternStatistics(
         free=jnp.ones((1, emission_dim), bool),
@@ -103,6 +108,24 @@ def _correlated_emission_statistics(
         count=used.sum()[None],
         complete=True,
     )
+
+
+def _from_data(
+    params: ParamsLGSSM, regressors: Array, data: StepData, from_residuals: Callable[[], tuple[Array, Array]]
+) -> tuple[Array, Array]:
+    r"""$\sum e z^\top$ and $\sum e e^\top$ of the means z: from the sums of the data where these keep enough digits."""
+    sums = data.trials.sums
+    if sums is None:
+        return from_residuals()
+    block = params.emissions
+    coefficients = jnp.concatenate([block.weights, block.input_weights, block.bias[:, None]], axis=1)  # type: ignore[list-item]
+    means = flat(regressors)
+    cross = flat(data.emissions).T @ means
+    cross_after = cross - coefficients @ (means.T @ means)
+    second = sums.less(coefficients, cross, cross_after)
+    left = second if second.ndim == 1 else jnp.diagonal(jnp.linalg.cholesky(second)) ** 2
+    total = sums.second if second.ndim == 1 else jnp.diagonal(sums.second)
+    return lax.cond(keeps_digits(left, total), lambda: (cross_after, second), from_residuals)
 
 
 def _sum_over_trials(

@@ -1,8 +1,11 @@
 r"""Many emissions, few states: whitened emissions as at most state_dim pseudo-observations with unit noise.
 
-$z_t = H_t x_t + N(0, I)$. Y is read once for z and once for the residuals of the filtered means, whose squares enter the likelihood;
-everything between has the size of the state.
+$z_t = H_t x_t + N(0, I)$. Y is read once, for z and for the squares of what no state can explain, $\|R^{-1/2} y_t\|^2 - \|z_t\|^2$ as a sum
+of squared residuals; everything after that has the size of the state.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,6 +15,7 @@ from jaxtyping import Array, Float
 
 from issm.inference import lanes
 from issm.inference.observations import whiten
+from issm.models.emission_sums import keeps_digits
 from issm.models.lgssm import ParamsLGSSM, TimeVarying, is_diagonal, values_of
 from issm.models.transitions import emission_offsets
 from issm.models.trials import Trials
@@ -24,11 +28,14 @@ class Compressed(eqx.Module):
         weights: $H_t$, `(num_timesteps or 1, rows, state_dim, num_patterns or 1)`.
         values: $z_t$, `(num_timesteps, rows, num_trials)`.
         log_norm: $-\tfrac12 (N_{obs} \log 2\pi + \log |R_{obs}|)$, `(num_trials or 1, num_timesteps)`.
+        unexplained: $\min_x \|R^{-1/2} (y_t - C x - D u_t - d)\|^2$, `(num_trials or 1, num_timesteps)`; the same for all
+            where `trials.sums` tell what they sum to.
     """
 
     weights: Float[Array, "num_timesteps_or_1 rows state_dim patterns"]
     values: Float[Array, "num_timesteps rows num_trials"]
     log_norm: Float[Array, "num_trials_or_1 num_timesteps"]
+    unexplained: Float[Array, "trials_or_1 num_timesteps"]
 
 
 def compress(params: ParamsLGSSM, trials: Trials) -> Compressed:
@@ -45,35 +52,16 @@ def residuals(params: ParamsLGSSM, trials: Trials) -> Array:
     return trials.emissions - _offsets(params, trials.plan.inputs)
 
 
-def squared_residuals(params: ParamsLGSSM, trials: Trials, states: Array) -> Array:
-    r"""$\|R^{-1/2}(y_t - C x_t - D u_t - d)\|^2$ over the observed entries, `(num_trials, num_timesteps)`."""
-    shared_inputs = trials.plan.inputs.ndim == 2
-    factored_once = not (trials.may_miss or _varies(params) or is_diagonal(params.emissions.cov))
-    whitener = _whitener(params)[0] if factored_once else None
-
-    def one(at: tuple) -> Array:  # trial by trial: no copy of Y
-        emissions, states, *own_inputs = at
-        inputs = trials.plan.inputs if shared_inputs else own_inputs[0]
-        if whitener is None:
-            whitened = whiten(params, emissions, inputs, may_miss=trials.may_miss).residuals(states)
-        else:
-            predicted = states @ values_of(params.emissions.weights).T + emission_offsets(params, inputs)
-            whitened = (emissions - predicted) @ whitener.T
-        return (whitened**2).sum(axis=-1)
-
-    return lax.map(one, (trials.emissions, states, *(() if shared_inputs else (trials.plan.inputs,))))
-
-
 def _varies(params: ParamsLGSSM) -> bool:
     """Whether the emission map or its noise varies in time."""
     return any(isinstance(field, TimeVarying) for field in (params.emissions.weights, params.emissions.cov))
 
 
 def _whitener(params: ParamsLGSSM) -> tuple[Array, Array]:
-    r"""$R^{-1/2}$ and $\log |R|$, of a covariance that is the same at all steps."""
+    r"""$R^{-1/2}$, one axis where it is diagonal, and $\log |R|$, of a covariance that is the same at all steps."""
     cov = values_of(params.emissions.cov)
     if is_diagonal(params.emissions.cov):
-        return jnp.diag(1 / jnp.sqrt(cov)), jnp.log(cov).sum()
+        return 1 / jnp.sqrt(cov), jnp.log(cov).sum()
     factor = jnp.linalg.cholesky(cov)
     whitener = jax.scipy.linalg.solve_triangular(factor, jnp.eye(cov.shape[0], dtype=cov.dtype), lower=True)
     return whitener, 2 * jnp.log(jnp.diagonal(factor)).sum()
@@ -87,20 +75,35 @@ def _offsets(params: ParamsLGSSM, inputs: Array) -> Array:
 
 
 def _compress_complete(params: ParamsLGSSM, trials: Trials) -> Compressed:
-    """Constant emissions, nothing missing: one QR, one product with Y."""
+    """Constant emissions, nothing missing: one QR for all steps."""
     weights = values_of(params.emissions.weights)
     emission_dim, state_dim = weights.shape
     whitener, log_det = _whitener(params)
-    rows = whitener @ weights
+    rows = _apply(whitener, weights.T).T
     log_norm = -(emission_dim * jnp.log(2 * jnp.pi).astype(log_det.dtype) + log_det) / 2
     log_norm = jnp.broadcast_to(log_norm, (1, trials.emissions.shape[1]))
-    projection = whitener.T
-    if emission_dim > state_dim:
-        rotation, rows = jnp.linalg.qr(rows)
-        projection = projection @ rotation
-    # The offsets are subtracted after the product: a centred copy of Y would cost more, and rounding is that of Y itself.
-    values = trials.emissions @ projection - _offsets(params, trials.plan.inputs) @ projection
-    return Compressed(rows[None, :, :, None], jnp.transpose(values, (1, 2, 0)), log_norm)
+    if emission_dim <= state_dim:
+        values = _apply(whitener, residuals(params, trials))
+        return Compressed(rows[None, :, :, None], jnp.transpose(values, (1, 2, 0)), log_norm, jnp.zeros_like(log_norm))
+    rotation, rows = jnp.linalg.qr(rows)
+
+    def one(emissions: Array, offsets: Array) -> tuple[Array, Array]:
+        whitened = _apply(whitener, emissions - offsets)
+        values = whitened @ rotation
+        return values, ((whitened - values @ rotation.T) ** 2).sum(axis=-1)
+
+    if trials.sums is None:
+        values, unexplained = _by_trial(one, params, trials)
+    else:
+        projection = whitener[:, None] * rotation if whitener.ndim == 1 else whitener.T @ rotation
+        values = trials.emissions @ projection - _offsets(params, trials.plan.inputs) @ projection
+        second = trials.sums.less_offsets(params)
+        whitened = second * whitener**2 if second.ndim == 1 else (whitener @ second) * whitener
+        total = whitened.sum()
+        left = total - (values**2).sum()
+        unexplained = lax.cond(keeps_digits(left, total), lambda: left, lambda: _by_trial(one, params, trials)[1].sum())
+        unexplained = jnp.full((1, values.shape[1]), unexplained / values[..., 0].size)
+    return Compressed(rows[None, :, :, None], jnp.transpose(values, (1, 2, 0)), log_norm, unexplained)
 
 
 def _compress_diagonal(params: ParamsLGSSM, trials: Trials) -> Compressed:
@@ -110,18 +113,25 @@ def _compress_diagonal(params: ParamsLGSSM, trials: Trials) -> Compressed:
     observed = ~jnp.isnan(trials.emissions)
     scale = 1 / jnp.sqrt(cov)
     weights = weights * scale[:, None]
-    whitened = jnp.where(observed, residuals(params, trials) * scale[None, None], 0.0)
+    whitened = jnp.where(observed, _apply(scale, residuals(params, trials)), 0.0)
     counts = jnp.log(2 * jnp.pi * cov)
     log_norm = -(observed.astype(scale.dtype) @ counts) / 2
     observed_of_patterns = observed[trials.representatives]
     if emission_dim <= state_dim:
         rows = jnp.where(observed_of_patterns[..., None], weights[None, None], 0.0)
-        return Compressed(jnp.transpose(rows, (1, 2, 3, 0)), jnp.transpose(whitened, (1, 2, 0)), log_norm)
+        values = jnp.transpose(whitened, (1, 2, 0))
+        return Compressed(jnp.transpose(rows, (1, 2, 3, 0)), values, log_norm, jnp.zeros_like(log_norm))
     squared = (weights[:, :, None] * weights[:, None, :]).reshape(emission_dim, state_dim**2)
     precisions = (observed_of_patterns.astype(scale.dtype) @ squared).reshape(
         *observed_of_patterns.shape[:2], state_dim, state_dim
     )
-    return _from_potentials(trials, precisions, whitened @ weights, log_norm)
+    rows, values, states = _from_potentials(trials, precisions, whitened @ weights)
+
+    def one(emissions: Array, offsets: Array, states: Array) -> Array:
+        left = _apply(scale, emissions - offsets) - states @ weights.T
+        return (jnp.where(jnp.isnan(emissions), 0.0, left) ** 2).sum(axis=-1)
+
+    return Compressed(rows, values, log_norm, _by_trial(one, params, trials, states))
 
 
 def _compress_general(params: ParamsLGSSM, trials: Trials) -> Compressed:
@@ -133,15 +143,35 @@ def _compress_general(params: ParamsLGSSM, trials: Trials) -> Compressed:
     weights_of_patterns = weights[trials.representatives]
     if params.emission_dim <= params.state_dim:
         rows, values = jnp.transpose(weights_of_patterns, (1, 2, 3, 0)), jnp.transpose(whitened.values, (1, 2, 0))
-        return Compressed(rows, values, whitened.log_norm)
+        return Compressed(rows, values, whitened.log_norm, jnp.zeros_like(whitened.log_norm))
     precisions = jnp.einsum("gtni,gtnj->gtij", weights_of_patterns, weights_of_patterns)
     shifts = jnp.einsum("ktni,ktn->kti", weights, whitened.values)
-    return _from_potentials(trials, precisions, shifts, whitened.log_norm)
+    rows, values, states = _from_potentials(trials, precisions, shifts)
+    unexplained = ((whitened.values - jnp.einsum("ktni,kti->ktn", weights, states)) ** 2).sum(axis=-1)
+    return Compressed(rows, values, whitened.log_norm, unexplained)
 
 
-def _from_potentials(trials: Trials, precisions: Array, shifts: Array, log_norm: Array) -> Compressed:
-    r"""Rows from $J = H^\top H$ and $h = H^\top z$; J may be singular."""
+def _from_potentials(trials: Trials, precisions: Array, shifts: Array) -> tuple[Array, Array, Array]:
+    r"""Rows and values from $J = H^\top H$ and $h = H^\top z$, and states with $J x = h$; J may be singular."""
     factors = lanes.cholesky(jnp.transpose(precisions, (1, 2, 3, 0)))
     whiteners = trials.spread(lanes.invert_lower(factors), axis=-1)
     values = lanes.matvec(whiteners, jnp.transpose(shifts, (1, 2, 0)))
-    return Compressed(lanes.transpose(factors), values, log_norm)
+    states = lanes.matvec(lanes.transpose(whiteners), values)
+    return lanes.transpose(factors), values, jnp.transpose(states, (2, 0, 1))
+
+
+def _by_trial(kernel: Callable[..., Any], params: ParamsLGSSM, trials: Trials, *others: Array) -> Any:
+    """`kernel(emissions, offsets, *others)` of every trial, one after the other: no copy of Y, and each is read once."""
+    inputs = trials.plan.inputs
+    if inputs.ndim == 2:
+        offsets = emission_offsets(params, inputs)
+        return lax.map(lambda at: kernel(at[0], offsets, *at[1:]), (trials.emissions, *others))
+    one = lambda at: kernel(at[0], emission_offsets(params, at[1]), *at[2:])  # noqa: E731
+    return lax.map(one, (trials.emissions, inputs, *others))
+
+
+def _apply(whitener: Array, vectors: Array) -> Array:
+    """$W v$ for vectors in the last axis; a diagonal W has one axis."""
+    if whitener.ndim == 1:
+        return vectors * jnp.broadcast_to(whitener, vectors.shape)
+    return vectors @ whitener.T

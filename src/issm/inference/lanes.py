@@ -29,6 +29,8 @@ def matvec(matrix: Array, vector: Array) -> Array:
     Where vectors have more lanes than matrices, a matrix serves as many neighbouring lanes as there are for each.
     """
     num_lanes, num_matrices = vector.shape[-1], matrix.shape[-1]
+    if num_matrices == 1 and matrix.ndim > 3:
+        return matrix[..., 0] @ vector
     if num_lanes > num_matrices:
         vector = vector.reshape(*vector.shape[:-1], num_matrices, num_lanes // num_matrices)
         product = jnp.einsum("...ijl,...jlk->...ilk", matrix, vector) if matrix.ndim > 3 else _unrolled(matrix, vector)

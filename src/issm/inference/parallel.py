@@ -26,7 +26,7 @@ from jax import lax
 from jaxtyping import Array
 
 from issm._linalg import symmetrize
-from issm.inference.compression import compress, squared_residuals
+from issm.inference.compression import compress
 from issm.inference.means import Gains, apply, following, identity_like, over_trials, run_means, swap, transpose
 from issm.inference.moments import Moments
 from issm.models.lgssm import ParamsLGSSM
@@ -51,9 +51,7 @@ def parallel_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     filtered_covs = _update(predicted_covs, gains)
 
     means = run_means(weights, shifts, gains, values, trials.pattern, parallel_recursion)
-    filtered_means = swap(means.filtered)
-    cost = means.scores * apply(predicted_covs, means.scores, trials.pattern)
-    quadratic = squared_residuals(params, trials, filtered_means) + swap(cost.sum(axis=-1))
+    quadratic = swap((means.innovations**2).sum(axis=-1)) + observations.unexplained
 
     future = lax.associative_scan(lambda later, sooner: _combine(sooner, later), elements, reverse=True).information
     beyond = following(future)  # of y_{t+1:T-1} on x_t
@@ -66,7 +64,7 @@ def parallel_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     smoothed_means = means.filtered + apply(onward, following(means.adjoints), trials.pattern)
     return Moments(
         logliks=observations.log_norm - (trials.spread(log_det.T) + quadratic) / 2,
-        filtered_means=filtered_means,
+        filtered_means=swap(means.filtered),
         filtered_covs=swap(filtered_covs),
         predicted_means=swap(means.predicted),
         predicted_covs=swap(predicted_covs),

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array
 
 from issm.inference import lanes
-from issm.inference.compression import compress, squared_residuals
+from issm.inference.compression import compress
 from issm.inference.moments import Moments
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.transitions import Transitions, lgssm_transitions
@@ -56,16 +56,13 @@ def small_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     explained = lanes.matmul(onward, next_informations)
 
     log_det = jnp.log(updates.pivots).sum(axis=-2)
-    # The quadratic form is a sum of two squares: residuals after the update, and what the update cost.
-    cost = (scores * lanes.matvec(each(predicted_covs), scores)).sum(axis=-2)
-    user_means = layout.leave(filtered_means)
-    quadratic = squared_residuals(params, trials, user_means) + layout.leave(cost)
+    quadratic = layout.leave((innovations**2).sum(axis=-2)) + observations.unexplained
     smoothed_means = filtered_means + lanes.matvec(each(onward), next_adjoints)
     smoothed_covs = lanes.symmetrize(filtered_covs - lanes.matmul(explained, lanes.transpose(onward)))
     cross_covs = onward[:-1] - lanes.matmul(explained[:-1], predicted_covs[1:])
     return Moments(
         logliks=observations.log_norm - (trials.spread(log_det.T) + quadratic) / 2,
-        filtered_means=user_means,
+        filtered_means=layout.leave(filtered_means),
         filtered_covs=_from_lanes(filtered_covs),
         predicted_means=layout.leave(predicted_means),
         predicted_covs=_from_lanes(predicted_covs),

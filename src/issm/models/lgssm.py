@@ -1,12 +1,22 @@
 r"""The linear Gaussian state-space model under clamps: its parameters, and draws from it."""
 
 from typing import Any
+from weakref import WeakValueDictionary
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from issm._check import as_float_array, check_covariance, check_finite, check_variances, common_float_dtype, fail
+from issm._check import (
+    as_float_array,
+    check_covariance,
+    check_finite,
+    check_variances,
+    common_float_dtype,
+    fail,
+    is_concrete,
+)
 
 
 class TimeVarying(eqx.Module):
@@ -247,7 +257,11 @@ def check_params(params: ParamsLGSSM) -> None:
             expected="a ParamsLGSSM",
             remedy="Build one with `make_lgssm_params`.",
         )
+    if params is _checked.get(id(params)):
+        return
     _check_fields({f"params.{block}.{name}": getattr(getattr(params, block), name) for block, name in _FIELDS})
+    if all(isinstance(leaf, jax.Array) and is_concrete(leaf) for leaf in jax.tree.leaves(params)):
+        _checked[id(params)] = params
 
 
 def values_of(field: Array | TimeVarying) -> Array:
@@ -281,6 +295,9 @@ def as_matrix(cov: Array | TimeVarying) -> Array | TimeVarying:
     matrices = jnp.vectorize(jnp.diag, signature="(n)->(n,n)")(values_of(cov))
     return TimeVarying(matrices) if isinstance(cov, TimeVarying) else matrices
 
+
+_checked: WeakValueDictionary[int, ParamsLGSSM] = WeakValueDictionary()
+"""Parameters that need no second look: neither they nor their arrays can change."""
 
 _FIELDS = {
     ("initial", "mean"): ("state_dim",),

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from issm._check import as_float_array, check_finite, fail, is_concrete
 from issm.interventions import Intervention, no_intervention
+from issm.models.emission_sums import EmissionSums
 from issm.models.lgssm import ParamsLGSSM, TimeVarying, check_params
 
 
@@ -58,6 +59,7 @@ class Trials(eqx.Module):
         one_sequence: Whether the user gave one sequence without a trial axis.
         may_miss: Whether an entry may be missing; false only when the values are known to be complete.
         chunks: The trials by pattern, where `pattern` is not None.
+        sums: Where a fit has made them, log-likelihoods need be right in total only, and the data are read fewer times.
     """
 
     emissions: Float[Array, "num_trials num_timesteps emission_dim"]
@@ -67,6 +69,7 @@ class Trials(eqx.Module):
     one_sequence: bool = eqx.field(static=True)
     may_miss: bool = eqx.field(static=True)
     chunks: Chunks | None = None
+    sums: EmissionSums | None = None
 
     @property
     def num_trials(self) -> int:
@@ -159,8 +162,11 @@ def as_plan(
     """Check inputs and clamps against the model, the number of steps and the number of trials (None: one sequence)."""
     _check_time_axis(params, num_timesteps)
     dtype = params.initial.mean.dtype
+    nothing = _nothing_done(num_timesteps, params.state_dim, dtype.name)
     if interventions is None:
-        interventions = _nothing_clamped(num_timesteps, params.state_dim, dtype.name)
+        if inputs is None and not params.input_dim:
+            return nothing
+        interventions = nothing.intervention
     if not isinstance(interventions, Intervention):
         fail(
             interventions_name,
@@ -183,7 +189,7 @@ def as_plan(
                 expected=f"shape (num_timesteps, input_dim) = {(num_timesteps, params.input_dim)}",
                 remedy="The model has input weights; pass zeros if there was no input.",
             )
-        inputs = _no_inputs(num_timesteps, dtype.name)
+        inputs = nothing.inputs
     inputs = as_float_array(inputs_name, inputs, dtype)
     _check_leading_axes(
         inputs_name, inputs.shape, (num_timesteps, params.input_dim), ("num_timesteps", "input_dim"), num_trials
@@ -197,16 +203,11 @@ def as_plan(
 
 
 @lru_cache(maxsize=64)
-def _nothing_clamped(num_timesteps: int, state_dim: int, dtype: str) -> Intervention:
+def _nothing_done(num_timesteps: int, state_dim: int, dtype: str) -> Plan:
     with jax.ensure_compile_time_eval():
         free = no_intervention(num_timesteps, state_dim)
-        return jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf.astype(dtype), free)
-
-
-@lru_cache(maxsize=64)
-def _no_inputs(num_timesteps: int, dtype: str) -> Array:
-    with jax.ensure_compile_time_eval():
-        return jnp.zeros((num_timesteps, 0), dtype)
+        free = jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf.astype(dtype), free)
+        return Plan(jnp.zeros((num_timesteps, 0), dtype), free)
 
 
 @lru_cache(maxsize=1)
@@ -241,6 +242,10 @@ def _check_time_axis(params: ParamsLGSSM, num_timesteps: int) -> None:
                 )
 
 
+LARGEST_READ_AT_ONCE = 2**16
+"""Numbers up to which NumPy looks through the data sooner than a compiled function is called."""
+
+
 @jax.jit
 def _surely_finite(emissions: Array) -> Array:
     """False where an entry is not finite, or where a sum overflows; a matrix product reads faster than a comparison."""
@@ -250,10 +255,13 @@ def _surely_finite(emissions: Array) -> Array:
 def _may_miss(emissions: Array) -> bool:
     if not is_concrete(emissions):
         return True
-    with jax.ensure_compile_time_eval():  # the data may be known although the caller is being traced
-        if bool(_surely_finite(emissions)):
-            return False
+    if emissions.size > LARGEST_READ_AT_ONCE:
+        with jax.ensure_compile_time_eval():  # the data may be known although the caller is being traced
+            if bool(_surely_finite(emissions)):
+                return False
     values = np.asarray(emissions)
+    if np.isfinite(values).all():
+        return False
     if np.isinf(values).any():
         fail(
             "emissions",
