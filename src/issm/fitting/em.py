@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import fail, is_concrete
+from issm._compile import jit_quickly
 from issm.fitting.centering import (
     count_observed,
     mean_of_observed,
@@ -182,9 +183,12 @@ def _prepare(
     return _with_sums(params, _shift_problem(problem, center)), state, center
 
 
-@jax.jit
 def _run(state: EMState, problem: Problem, until: int | Int[Array, ""]) -> EMState:
     """Iterate until the fit has ended or `until` updates are behind it."""
+    return (_iterate_compiled if is_concrete(state.code) else _iterate)(state, problem, jnp.asarray(until, jnp.int32))
+
+
+def _iterate(state: EMState, problem: Problem, until: Int[Array, ""]) -> EMState:
 
     def running(state: EMState) -> Array:
         return (state.code == Code.RUNNING) & ((state.num_updates < until) | (state.num_updates == problem.last))
@@ -194,6 +198,9 @@ def _run(state: EMState, problem: Problem, until: int | Int[Array, ""]) -> EMSta
         return _advance(state, stats, problem)
 
     return lax.while_loop(running, iterate, state)
+
+
+_iterate_compiled = jit_quickly(_iterate)
 
 
 def _advance(state: EMState, stats: SufficientStatistics, problem: Problem) -> EMState:

@@ -15,9 +15,7 @@ from jaxtyping import Array
 
 def matmul(left: Array, right: Array) -> Array:
     """Products of matrices, `(..., i, j, lanes)` by `(..., j, k, lanes)`."""
-    if left.shape[-1] == right.shape[-1] == 1:  # no lanes to vectorise over
-        if left.ndim > 3:
-            return jnp.einsum("...ijl,...jkl->...ikl", left, right)
+    if left.shape[-1] == right.shape[-1] == 1 and left.ndim == right.ndim == 3:  # nothing to vectorise over
         return (left[:, :, None] * right[None]).sum(axis=1)
     columns = range(left.shape[-2])
     return sum(left[..., :, j, None, :] * right[..., None, j, :, :] for j in columns)  # type: ignore[return-value]

@@ -23,6 +23,9 @@ from issm.models.trials import Chunks, Plan, Trials
 MOST_UNROLLED_ROWS = 3
 """Loops over more rows than this stay loops: unrolled, they compile slowly and fuse badly."""
 
+STEPS_OF_BLOCK = 1024
+"""Steps of one pattern that are computed together: their small matrices fit into a processor's cache."""
+
 
 def small_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     """Filter and smooth all trials; what the caller does not use is not computed under `jit`."""
@@ -97,36 +100,93 @@ class _Updates(eqx.Module):
 
 
 def _run_covariances(weights: Array, covs: Array, rows: Array, num_lanes: int) -> _Updates:
-    """The one recursion of the covariances; rows h of unit noise are taken in one by one."""
-    constant, num_rows = rows.shape[0] == 1, rows.shape[1]
-    many_lanes = num_lanes > 1
-
-    def step(cov: Array, at: tuple) -> tuple[Array, Any]:
-        weights, noise, *varying = at
-        rows_here = rows[0] if constant else varying[0]
-        predicted = lanes.matmul(lanes.matmul(weights, cov), lanes.transpose(weights)) + noise
-
-        def seen_by(i: Any, cov: Array) -> tuple[Array, Array]:
-            row = lax.dynamic_index_in_dim(rows_here, i, keepdims=False)
-            seen = (cov * row[None]).sum(axis=1)
-            return seen, seen / (1 + (row * seen).sum(axis=0))[None]
-
-        def take_in(i: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            cov, seen, gain = carry  # so that there is a division for each entry of a column, not of the matrix
-            cov = cov - gain[:, None] * seen[None]
-            return cov, *seen_by(jnp.minimum(i + 1, num_rows - 1), cov)
-
-        unroll = num_rows <= MOST_UNROLLED_ROWS
-        cov = lax.fori_loop(0, num_rows, take_in, (predicted, *seen_by(0, predicted)), unroll=unroll)[0]
-        return cov, _update(predicted, rows_here) if many_lanes else predicted
-
+    """The one recursion of the covariances."""
+    steps = (weights, covs) if rows.shape[0] == 1 else (weights, covs, rows)
     start = jnp.zeros((*weights.shape[1:3], num_lanes), weights.dtype)
-    found = lax.scan(step, start, (weights, covs) if constant else (weights, covs, rows))[1]
-    if many_lanes:
-        return found
-    rows = rows[0] if constant else jnp.moveaxis(rows[..., 0], 0, -1)
-    steps_as_lanes = _update(jnp.moveaxis(found[..., 0], 0, -1), rows)
-    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0)[..., None], steps_as_lanes)
+    if num_lanes == 1:
+        return _run_blocks(start, steps, rows)
+
+    def step(cov: Array, at: tuple) -> tuple[Array, _Updates]:
+        predicted, filtered = _predict_and_take_in(cov, *at, constant_rows=rows[0])
+        return filtered, _update(predicted, at[2] if len(at) == 3 else rows[0])
+
+    return lax.scan(step, start, steps)[1]
+
+
+def _run_blocks(start: Array, steps: tuple[Array, ...], rows: Array) -> _Updates:
+    """The recursion of one pattern, in blocks of steps: within a block everything but the recursion has the steps as lanes.
+
+    Where all steps are alike the covariances settle, and a block that ends as it began is the last that is computed.
+    """
+    num_timesteps, dtype = steps[0].shape[0], start.dtype
+    size = min(num_timesteps, STEPS_OF_BLOCK)
+    num_blocks = -(-num_timesteps // size)
+    rest = num_blocks * size - num_timesteps
+    blocks = [jnp.pad(x, ((0, rest), *((0, 0),) * 3)).reshape(num_blocks, size, *x.shape[1:]) for x in steps]
+    alike = jnp.stack([(x[1:] == x[-1]).all() for x in steps]).all()
+    as_lanes = lambda x: jnp.moveaxis(x[..., 0], 0, -1)  # noqa: E731
+    as_steps = lambda x: jnp.moveaxis(x, -1, 0)[..., None]  # noqa: E731
+
+    def step(cov: Array, at: tuple) -> tuple[Array, Array]:
+        predicted, filtered = _predict_and_take_in(cov, *at, constant_rows=rows[0])
+        return filtered, predicted
+
+    def block(cov: Array, at: tuple) -> tuple[Array, _Updates]:
+        cov, predicted = lax.scan(step, cov, at)
+        updates = _update(as_lanes(predicted), as_lanes(at[2]) if len(at) == 3 else rows[0])
+        return cov, jax.tree.map(as_steps, updates)
+
+    if num_blocks == 1:
+        return block(start, steps)[1]
+    shapes = jax.eval_shape(block, start, tuple(x[0] for x in blocks))[1]
+    blank = jax.tree.map(lambda leaf: jnp.zeros((num_blocks, *leaf.shape), leaf.dtype), shapes)
+
+    def unsettled(carry: tuple) -> Array:
+        index, _, settled, _ = carry
+        return (index < num_blocks) & ~settled
+
+    def run(carry: tuple) -> tuple:
+        index, cov, _, found = carry
+        here = [lax.dynamic_index_in_dim(x, index, keepdims=False) for x in blocks]
+        after, updates = block(cov, tuple(here))
+        found = jax.tree.map(lambda all, x: lax.dynamic_update_index_in_dim(all, x, index, 0), found, updates)
+        scale = jnp.einsum("iil->il", after)
+        change = (after - cov) ** 2 / jnp.maximum(scale[:, None] * scale[None], jnp.finfo(dtype).tiny)
+        settled = alike & (change <= (4 * jnp.finfo(dtype).eps) ** 2).all()
+        return index + 1, after, settled, found
+
+    count, _, _, found = lax.while_loop(unsettled, run, (jnp.zeros((), jnp.int32), start, jnp.zeros((), bool), blank))
+    computed = (jnp.arange(num_timesteps) < count * size).reshape(-1, 1, 1, 1)
+
+    def fill(leaf: Array) -> Array:
+        flat = leaf.reshape(num_blocks * size, *leaf.shape[2:])
+        last = lax.dynamic_index_in_dim(flat, count * size - 1, keepdims=True)
+        return jnp.where(computed.reshape(-1, *(1,) * (flat.ndim - 1)), flat[:num_timesteps], last)
+
+    return jax.tree.map(fill, found)
+
+
+def _predict_and_take_in(
+    cov: Array, weights: Array, noise: Array, rows: Array | None = None, *, constant_rows: Array
+) -> tuple[Array, Array]:
+    """The predicted covariance, and the filtered one; rows h of unit noise are taken in one by one."""
+    rows = constant_rows if rows is None else rows
+    num_rows = rows.shape[0]
+    predicted = lanes.matmul(lanes.matmul(weights, cov), lanes.transpose(weights)) + noise
+
+    def seen_by(i: Any, cov: Array) -> tuple[Array, Array]:
+        row = lax.dynamic_index_in_dim(rows, i, keepdims=False)
+        seen = (cov * row[None]).sum(axis=1)
+        return seen, seen / (1 + (row * seen).sum(axis=0))[None]
+
+    def take_in(i: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        cov, seen, gain = carry  # so that there is a division for each entry of a column, not of the matrix
+        cov = cov - gain[:, None] * seen[None]
+        return cov, *seen_by(jnp.minimum(i + 1, num_rows - 1), cov)
+
+    unroll = num_rows <= MOST_UNROLLED_ROWS
+    filtered = lax.fori_loop(0, num_rows, take_in, (predicted, *seen_by(0, predicted)), unroll=unroll)[0]
+    return predicted, filtered
 
 
 def _update(predicted: Array, rows: Array) -> _Updates:
