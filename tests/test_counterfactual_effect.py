@@ -121,7 +121,7 @@ def test_uncertain_parameters():
     """Draws are asked one by one; a covariance of rank one against finite differences along its direction."""
     flat, unravel = ravel_pytree(SYSTEM.params)
     changes = 0.05 * np.random.default_rng(0).normal(size=(10, flat.size)) * np.abs(flat)
-    few = jax.vmap(unravel)(jnp.asarray(flat + changes))
+    few = jax.vmap(unravel)(jnp.asarray(np.asarray(flat) + changes))
     estimate = ask(CLAMPED, parameters=few, window=(1, 4))
     alone = [ask(CLAMPED, jax.tree.map(lambda leaf, s=s: leaf[s], few), window=(1, 4)) for s in range(10)]
     for name in ("per_step", "cumulative", "average", "relative", "outcome", "average_outcome"):

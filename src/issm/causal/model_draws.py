@@ -68,7 +68,7 @@ class SampledSummaries(eqx.Module):
 def summarise_worlds(
     without: Float[Array, "num_parameters *trials num_draws num_timesteps num_outputs"],
     under: Float[Array, "num_parameters *trials num_draws num_timesteps num_outputs"],
-    window: Bool[Array, "*trials num_timesteps 1"],
+    window: Bool[Array, "*windows num_timesteps 1"],
     z: Float[Array, ""],
     *,
     known: bool,

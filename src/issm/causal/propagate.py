@@ -38,12 +38,12 @@ def over_trials(each: Normal) -> Normal:
 
 
 def effects_of(
-    summaries: Callable[[ParamsLGSSM], Summaries],
+    summaries: Callable[[ParamsLGSSM], Any],
     params: ParamsLGSSM,
     uncertain: ParamsLGSSM | Directions | None,
     z: Float[Array, ""],
 ) -> Any:
-    """An `Effect` in the place of every `Normal` that `summaries` returns for some parameters."""
+    """An `Effect` in the place of every `Normal` of the pytree that `summaries` returns for some parameters."""
     is_normal = lambda node: isinstance(node, Normal)  # noqa: E731
     if uncertain is None:
         return jax.tree.map(lambda known: _effect(known, z), summaries(params), is_leaf=is_normal)
