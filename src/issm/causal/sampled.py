@@ -136,7 +136,8 @@ def sample_effect(
 
     Each draw is one trial in two worlds that share the initial state and all noise of the states; its effect is the difference of
     the expected emissions given the states, $E[y \mid \eta'_t] - E[y \mid \eta_t]$. Equal plans have no effect. Under
-    draws of the parameters, each has draws of trials of its own.
+    draws of the parameters, each has draws of trials of its own; the Monte-Carlo error of these is taken out of `parameter`,
+    which is zero where nothing else can be seen.
 
     Args:
         key: JAX random key.
