@@ -42,6 +42,13 @@ def training_plan():
     return issm.Intervention(mask, value)
 
 
+def spread_error(estimates: np.ndarray) -> float:
+    """Relative standard error of the standard deviation over the first axis, from the fourth moments; the mean over entries."""
+    centred = estimates - estimates.mean(axis=0)
+    kurtosis = (centred**4).mean(axis=0) / (centred**2).mean(axis=0) ** 2
+    return float(np.sqrt((kurtosis - 1) / (4 * len(estimates))).mean())
+
+
 def main() -> None:
     """Print coverage, p-values and standard errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,9 +92,17 @@ def main() -> None:
     tests = [stats.kstest(column, "uniform").pvalue for column in p_values.T]
     print(f"no effect: p-values below .05 in {(p_values < 0.05).mean(axis=0).round(3).tolist()} of the replications by emission;"
           f" uniform by Kolmogorov and Smirnov with p {np.round(tests, 3).tolist()}")  # fmt: skip
-    spread = np.std(weights, axis=0, ddof=1)
-    ratio = np.mean(errors, axis=0) / spread
-    print(f"mean standard error over spread of the estimates, entries of A: {ratio.round(3).tolist()}")
+    errors, weights = np.array(errors), np.array(weights)
+    spread = weights.std(axis=0, ddof=1)
+    summaries = {
+        "root mean square": np.sqrt((errors**2).mean(axis=0)), "mean": errors.mean(axis=0), "median": np.median(errors, axis=0)
+    }  # fmt: skip
+    print(
+        f"standard errors over the spread of the estimates, entries of A; the spread is known to {spread_error(weights):.1%}"
+    )
+    for word, each in summaries.items():
+        print(f"    {word + ':':18} {(each / spread).round(3).tolist()}, all together {(each / spread).mean():.3f}")
+    print(f"    largest standard error over the median one: {(errors.max(axis=0) / summaries['median']).max():.2f}")
 
 
 if __name__ == "__main__":

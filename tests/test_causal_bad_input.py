@@ -36,6 +36,16 @@ def effect(**options):
     return lambda: issm.causal_effect(PARAMS, PLAN, **options)
 
 
+def would_be(*arguments, **options):
+    """The same call to both functions that take a trial and a plan that might have been."""
+    functions = (issm.counterfactual, issm.counterfactual_effect)
+    return [lambda f=f: f(PARAMS, *arguments, **options) for f in functions]
+
+
+def changed(**options):
+    return lambda: issm.counterfactual_effect(PARAMS, np.zeros((4, 3)), PLAN, **options)
+
+
 def pulse(params=PARAMS, num_steps=3, **options):
     return lambda: issm.impulse_response(params, num_steps, **{"source": 0} | options)
 
@@ -125,11 +135,16 @@ CALLS = {
         effect(parameters=jax.tree.map(lambda leaf: -leaf, DRAWS)), "parameters.initial.cov", "smallest variance"),
     "a covariance of another model": (effect(parameters=np.eye(3)), "parameters", "(3, 3)"),
     "an indefinite covariance": (effect(parameters=-np.eye(NUM_PARAMETERS)), "parameters", "eigenvalue"),
-    "a counterfactual without a plan": (lambda: issm.counterfactual(PARAMS, Y, None), "plan", "NoneType"),
-    "a counterfactual plan longer than the trial": (lambda: issm.counterfactual(PARAMS, Y, PLAN), "plan", "(4, 2)"),
-    "a factual plan longer than the trial": (
-        lambda: issm.counterfactual(PARAMS, Y, PLAN, interventions=PLAN), "interventions", "(4, 2)"),
-    "a counterfactual of nothing": (lambda: issm.counterfactual(PARAMS, Y * np.nan, PLAN), "emissions", "NaN"),
+    "a counterfactual without a plan": (would_be(Y, None), "plan", "NoneType"),
+    "a counterfactual plan longer than the trial": (would_be(Y, PLAN), "plan", "(4, 2)"),
+    "a factual plan longer than the trial": (would_be(Y, PLAN, interventions=PLAN), "interventions", "(4, 2)"),
+    "a counterfactual of nothing": (would_be(Y * np.nan, PLAN), "emissions", "NaN"),
+    "a counterfactual over an empty window": (changed(window="after"), "window", "no step"),
+    "a counterfactual on something else": (changed(of="rates"), "of", "rates"),
+    "a counterfactual at a level in percent": (changed(level=95), "level", "95"),
+    "a counterfactual averaged over no trials": (changed(average_trials=True), "average_trials", "single sequence"),
+    "a counterfactual under draws of the wrong model": (
+        changed(parameters=jax.tree.map(lambda leaf: jnp.stack([leaf] * 5), DRIVEN)), "parameters", "leading axis"),
     "a pulse in a model that is none": (pulse(MODEL), "params", "a dict"),
     "a pulse in a model that varies": (pulse(VARYING), "params.dynamics.weights", "causal_effect"),
     "a pulse and no step after": (pulse(num_steps=0), "num_steps", "0"),

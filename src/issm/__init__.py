@@ -8,13 +8,15 @@ from issm.causal.compare import Forecast as Forecast
 from issm.causal.compare import Score as Score
 from issm.causal.compare import compare as compare
 from issm.causal.counterfactual import counterfactual as counterfactual
+from issm.causal.counterfactual_effect import CounterfactualEffect as CounterfactualEffect
+from issm.causal.counterfactual_effect import counterfactual_effect as counterfactual_effect
 from issm.causal.design import Design as Design
 from issm.causal.design import design_interventions as design_interventions
 from issm.causal.draws import Draws as Draws
 from issm.causal.draws import SampledPrediction as SampledPrediction
-from issm.causal.effects import Effect as Effect
-from issm.causal.effects import EffectEstimate as EffectEstimate
 from issm.causal.effects import causal_effect as causal_effect
+from issm.causal.estimates import Effect as Effect
+from issm.causal.estimates import EffectEstimate as EffectEstimate
 from issm.causal.history import History as History
 from issm.causal.identify import identifiability as identifiability
 from issm.causal.predict import Moments as Moments
@@ -29,6 +31,7 @@ from issm.causal.sampled import SampledEffect as SampledEffect
 from issm.causal.sampled import sample_effect as sample_effect
 from issm.causal.sampled import sample_prediction as sample_prediction
 from issm.causal.sampled_counterfactual import sample_counterfactual as sample_counterfactual
+from issm.causal.sampled_counterfactual_effect import sample_counterfactual_effect as sample_counterfactual_effect
 from issm.causal.series import SeriesEffect as SeriesEffect
 from issm.causal.series import observed_effect as observed_effect
 from issm.causal.series import placebo_effects as placebo_effects

@@ -11,11 +11,11 @@ from issm._linalg import symmetrize
 from issm.causal.history import check_plan
 from issm.causal.predict import Moments, Prediction
 from issm.causal.twin import twin_transitions
-from issm.inference.dense import run_filter, run_smoother
+from issm.inference.dense import BackwardPass, FilterPass, run_filter, run_smoother
 from issm.inference.observations import WhitenedEmissions, whiten
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM, TimeVarying, as_matrix, is_diagonal, over_time, values_of
-from issm.models.transitions import emission_offsets
+from issm.models.transitions import Transitions, emission_offsets
 from issm.models.trials import Plan, Trials, as_plan, as_trials
 
 
@@ -36,7 +36,8 @@ def counterfactual(
     A state that was clamped and would have been free takes its noise from the prior given what is known of the rest: it was
     never seen. If the plans agree, the answer is the trial itself, with certainty.
 
-    This is not an interventional prediction: that one is for a new trial, with noise of its own.
+    This is not an interventional prediction: that one is for a new trial, with noise of its own. What the other plan would have
+    changed on average, over steps and trials, is `counterfactual_effect`.
 
     Args:
         params: Model parameters.
@@ -91,6 +92,28 @@ def _counterfactual(params: ParamsLGSSM, trials: Trials, other: Intervention) ->
     return jax.vmap(one, in_axes=axes)(*arguments)
 
 
+class Twins(eqx.Module):
+    r"""Both worlds of one sequence, $[x; \delta]$, given its emissions."""
+
+    transitions: Transitions
+    steps: FilterPass
+    smoothed: BackwardPass
+
+
+class OwnEmissions(eqx.Module):
+    r"""The emissions of the trial itself, $y_t = k_t + U_t x_t + e_t$; where one was observed, U and e are zero.
+
+    Attributes:
+        known: k, `(num_timesteps, emission_dim)`.
+        rows: U, `(num_timesteps, emission_dim, state_dim)`.
+        noise: Covariance of e, `(num_timesteps, emission_dim, emission_dim)`.
+    """
+
+    known: Array
+    rows: Array
+    noise: Array
+
+
 def counterfactual_sequence(
     params: ParamsLGSSM,
     emissions: Float[Array, "num_timesteps emission_dim"],
@@ -100,34 +123,44 @@ def counterfactual_sequence(
     may_miss: bool,
 ) -> Prediction:
     """Counterfactual of one sequence; `may_miss` is false when no emission can be NaN."""
+    smoothed = smooth_twins(params, emissions, plan, other, may_miss=may_miss).smoothed
+    own = own_emissions(params, emissions, plan.inputs, may_miss=may_miss)
     num_timesteps, state_dim = plan.inputs.shape[0], params.state_dim
+    eye = jnp.eye(state_dim, dtype=smoothed.means.dtype)
+    both = jnp.tile(eye, (num_timesteps, 1, 2))  # x' = x + delta
+    rows = jnp.concatenate([own.rows, over_time(params.emissions.weights, num_timesteps)], axis=2)
+
+    def moments(rows: Array) -> tuple[Array, Array]:
+        mean = jnp.einsum("tni,ti->tn", rows, smoothed.means)
+        return mean, symmetrize(rows @ smoothed.covs @ jnp.swapaxes(rows, 1, 2))
+
+    changed, cov = moments(rows)
+    return Prediction(Moments(*moments(both)), Moments(own.known + changed, cov + own.noise))
+
+
+def smooth_twins(params: ParamsLGSSM, emissions: Array, plan: Plan, other: Intervention, *, may_miss: bool) -> Twins:
+    """The twin network of one sequence, seen through the factual emissions alone."""
     transitions = twin_transitions(params, plan.inputs, plan.intervention, other)
     whitened = whiten(params, emissions, plan.inputs, may_miss=may_miss)
     steps = run_filter(transitions, _through_the_factual(whitened).reduce())
-    smoothed = run_smoother(transitions, steps)
-    mean, change = smoothed.means[:, :state_dim], smoothed.means[:, state_dim:]
-    both = jnp.tile(jnp.eye(state_dim, dtype=mean.dtype), (1, 2))[None]  # x' = x + delta
-    states = Moments(mean + change, symmetrize(both @ smoothed.covs @ jnp.swapaxes(both, 1, 2)))
+    return Twins(transitions, steps, run_smoother(transitions, steps))
 
+
+def own_emissions(params: ParamsLGSSM, emissions: Array, inputs: Array, *, may_miss: bool) -> OwnEmissions:
+    r"""What is known of the emissions given the states: a missing $y = C x + D u + d + K (y_{seen} - C_{seen} x) + e$."""
+    num_timesteps = inputs.shape[0]
     weights = over_time(params.emissions.weights, num_timesteps)
-    changed = jnp.einsum("tni,ti->tn", weights, change)
     if not may_miss:
-        cov = weights @ smoothed.covs[:, state_dim:, state_dim:] @ jnp.swapaxes(weights, 1, 2)
-        return Prediction(states, Moments(emissions + changed, symmetrize(cov)))
+        noise = jnp.zeros_like(weights, shape=(*emissions.shape, params.emission_dim))
+        return OwnEmissions(emissions, jnp.zeros_like(weights), noise)
     observed = ~jnp.isnan(emissions)
-    residuals = jnp.where(observed, emissions - emission_offsets(params, plan.inputs), 0.0)
-    seen = jnp.where(observed[:, :, None], weights, 0.0)
-    carried, unseen_noise = _missing_noise(params, observed)
-    # A missing y = C x + D u + d + K (y_seen - C_seen x) + what of its noise the seen entries do not tell.
-    unseen = jnp.where(observed[:, :, None], 0.0, weights)
+    offsets = emission_offsets(params, inputs)
+    carried, noise = _missing_noise(params, observed)
+    rows, filled = jnp.where(observed[:, :, None], 0.0, weights), offsets
     if carried is not None:
-        unseen = unseen - carried @ seen
-    filled = emission_offsets(params, plan.inputs) + jnp.einsum("tni,ti->tn", unseen, mean)
-    if carried is not None:
-        filled = filled + jnp.einsum("tnm,tm->tn", carried, residuals)
-    rows = jnp.concatenate([unseen, weights], axis=2)
-    cov = symmetrize(rows @ smoothed.covs @ jnp.swapaxes(rows, 1, 2)) + unseen_noise
-    return Prediction(states, Moments(jnp.where(observed, emissions, filled) + changed, cov))
+        rows = rows - carried @ jnp.where(observed[:, :, None], weights, 0.0)
+        filled = filled + jnp.einsum("tnm,tm->tn", carried, jnp.where(observed, emissions - offsets, 0.0))
+    return OwnEmissions(jnp.where(observed, emissions, filled), rows, noise)
 
 
 def _through_the_factual(whitened: WhitenedEmissions) -> WhitenedEmissions:

@@ -15,10 +15,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from issm._check import as_float_array, check_shape, common_float_dtype, fail, is_concrete
+from issm._check import fail
 from issm._linalg import symmetrize
 from issm._tables import format_table
 from issm.causal.compare import check_count
+from issm.causal.design_arguments import as_bounds, as_candidates, as_information
 from issm.causal.excitation import Weights, predicted_moments, row_precisions, row_sums
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM, TimeVarying, check_params
@@ -140,7 +141,7 @@ def design_interventions(
         )
     check_count("budget", budget, 1)
     check_count("refine", refine, 0)
-    plans = _as_candidates(candidates, params.state_dim)
+    plans = as_candidates(candidates, params.state_dim)
     checked = as_plan(
         params, inputs, plans, num_timesteps=plans.num_timesteps, num_trials=plans.mask.shape[0],
         interventions_name="candidates",
@@ -161,8 +162,8 @@ def design_interventions(
         )
     kind = criterion if isinstance(criterion, str) else "effect"
     slopes = _slopes(params, criterion) if callable(criterion) else None
-    known = _as_information(params, information)
-    limits = _as_bounds(checked.intervention, bounds)
+    known = as_information(params, information)
+    limits = as_bounds(checked.intervention, bounds)
     return _design(params, checked, known, slopes, limits, kind, int(budget), int(refine))
 
 
@@ -280,78 +281,3 @@ def _slopes(params: ParamsLGSSM, effect: Callable[[ParamsLGSSM], Any]) -> Float[
     if any(isinstance(part, TimeVarying) for part in parts):
         fail("params.dynamics", got="a TimeVarying", expected="constant fields", remedy="Design for constant dynamics.")
     return jnp.concatenate([parts[0], parts[1], parts[2][:, None]], axis=1)
-
-
-def _as_candidates(candidates: Any, state_dim: int) -> Intervention:
-    if isinstance(candidates, Intervention):
-        if candidates.mask.ndim != 3 or not candidates.mask.shape[0]:
-            fail(
-                "candidates",
-                got=f"shape {tuple(candidates.mask.shape)}",
-                expected="(num_candidates, num_timesteps, state_dim)",
-                remedy="Pass several plans, in a list or stacked.",
-            )
-        return candidates
-    if not isinstance(candidates, (list, tuple)) or not candidates or not all(map(_is_plan, candidates)):
-        fail(
-            "candidates",
-            got=f"a {type(candidates).__name__}",
-            expected="plans (num_timesteps, state_dim) in a list, or an Intervention of several",
-            remedy="Build each with `do` or `stimulate`.",
-        )
-    shape = candidates[0].mask.shape
-    for k, plan in enumerate(candidates):
-        check_shape(
-            f"candidates[{k}]", plan.mask, shape, ("num_timesteps", "state_dim"), "Make all plans equally long."
-        )
-    dtype = common_float_dtype(*candidates)
-    cast = lambda leaf: leaf if leaf.dtype == bool else leaf.astype(dtype)  # noqa: E731
-    return jax.tree.map(lambda *leaves: jnp.stack([cast(leaf) for leaf in leaves]), *candidates)
-
-
-def _is_plan(plan: Any) -> bool:
-    return isinstance(plan, Intervention) and plan.mask.ndim == 2
-
-
-def _as_information(params: ParamsLGSSM, information: Any) -> Array | None:
-    if information is None:
-        return None
-    num_regressors = params.state_dim + params.input_dim + 1
-    information = as_float_array("information", information, params.initial.mean.dtype)
-    axes = ("state_dim", "num_regressors", "num_regressors")
-    remedy = "Pass `Identifiability.information` of the same model."
-    check_shape("information", information, (params.state_dim, num_regressors, num_regressors), axes, remedy)
-    if is_concrete(information):
-        values = np.asarray(information, np.float64)
-        scale = np.sqrt(np.maximum(np.diagonal(values, axis1=1, axis2=2), np.finfo(float).tiny))
-        smallest = np.linalg.eigvalsh(values / scale[:, :, None] / scale[:, None, :]).min()
-        if not smallest > 1e-12:
-            fail(
-                "information",
-                got=f"a matrix that is singular (smallest share {smallest:.1e})",
-                expected="some information about everything in each row",
-                remedy="Leave it out to start from one trial without clamps, or add the information of a prior.",
-            )
-    return information
-
-
-def _as_bounds(plans: Intervention, bounds: Any) -> tuple[Array, Array]:
-    dtype, state_dim = plans.value.dtype, plans.state_dim
-    if bounds is None:
-        axes = (0, 1)
-        lowest, highest = (jnp.where(plans.mask, plans.value, end).min(axes) if end > 0 else
-                           jnp.where(plans.mask, plans.value, end).max(axes) for end in (jnp.inf, -jnp.inf))  # fmt: skip
-        used = plans.mask.any(axes)
-        return jnp.where(used, lowest, 0.0), jnp.where(used, highest, 0.0)
-    if not isinstance(bounds, (list, tuple)) or len(bounds) != 2:
-        fail("bounds", got=repr(bounds), expected="a lowest and a highest value", remedy="Pass (low, high).")
-    ends = [as_float_array("bounds", end, dtype) for end in bounds]
-    for end in ends:
-        if end.shape not in ((), (state_dim,)):
-            fail(
-                "bounds", got=f"shape {end.shape}", expected=f"() or ({state_dim},)", remedy="One value for each state."
-            )
-    lowest, highest = (jnp.broadcast_to(end, (state_dim,)) for end in ends)
-    if is_concrete(lowest) and is_concrete(highest) and not (np.asarray(lowest) <= np.asarray(highest)).all():
-        fail("bounds", got="a lowest value above the highest", expected="low <= high", remedy="Swap them.")
-    return lowest, highest

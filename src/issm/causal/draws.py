@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from issm._check import fail
-from issm._linalg import psd_cholesky
+from issm._linalg import psd_cholesky, safe_sqrt
 from issm._types import PRNGKey
 from issm.causal.predict import quantile_of_level
 from issm.causal.summaries import prediction_table
@@ -27,6 +27,11 @@ class Draws(eqx.Module):
 
     Attributes:
         draws: `(num_draws, num_timesteps, dim)`, with a leading trial axis if there are trials.
+        num_parameters: Number of draws of the parameters that they come from, one after the other and equally many from each;
+            1 where the parameters are taken as known.
+
+    Raises:
+        ValueError: If the draws cannot come from so many parameters.
 
     References:
         Gelman et al. (2013), *Bayesian Data Analysis*, sec. 10.5 (error of averages over draws).
@@ -39,6 +44,16 @@ class Draws(eqx.Module):
     """
 
     draws: Float[Array, "*trials num_draws num_timesteps dim"]
+    num_parameters: int = eqx.field(static=True, default=1)
+
+    def __check_init__(self) -> None:
+        if self.num_parameters < 1 or self.draws.shape[-3] % self.num_parameters:
+            fail(
+                "num_parameters",
+                got=f"{self.num_parameters} for {self.draws.shape[-3]} draws",
+                expected="a divisor of the number of draws",
+                remedy="There are equally many draws for each.",
+            )
 
     @property
     def mean(self) -> Float[Array, "*trials num_timesteps dim"]:
@@ -47,19 +62,33 @@ class Draws(eqx.Module):
 
     @property
     def sd(self) -> Float[Array, "*trials num_timesteps dim"]:
-        """Standard deviation of the draws."""
+        """Standard deviation of the draws, all sources together."""
         return self.draws.std(axis=-3, ddof=1)
 
     @property
+    def trial_sd(self) -> Float[Array, "*trials num_timesteps dim"]:
+        """Standard deviation from draw to draw under the same parameters."""
+        return jnp.sqrt(self._by_parameters().var(axis=-3, ddof=1).mean(axis=-3))
+
+    @property
+    def parameter_sd(self) -> Float[Array, "*trials num_timesteps dim"]:
+        """Standard deviation of the mean for want of knowledge of the parameters, without its Monte-Carlo error."""
+        if self.num_parameters == 1:
+            return jnp.zeros_like(self.mean)
+        grouped = self._by_parameters()
+        error = self.trial_sd**2 / grouped.shape[-3]
+        return safe_sqrt(jnp.maximum(grouped.mean(axis=-3).var(axis=-3, ddof=1) - error, 0.0))
+
+    @property
     def cov(self) -> Float[Array, "*trials num_timesteps dim dim"]:
-        """Covariance of the draws within each step."""
+        """Covariance of the draws within each step, all sources together."""
         off = self.draws - self.draws.mean(axis=-3, keepdims=True)
         return jnp.einsum("...sti,...stj->...tij", off, off) / (self.draws.shape[-3] - 1)
 
     @property
     def monte_carlo_error(self) -> Float[Array, "*trials num_timesteps dim"]:
-        """Standard error of `mean` for having drawn so few."""
-        return self.sd / self.draws.shape[-3] ** 0.5
+        """Standard error of `mean` for having drawn so few, given the parameters."""
+        return self.trial_sd / self.draws.shape[-3] ** 0.5
 
     def interval(
         self, level: Any = 0.95
@@ -77,6 +106,11 @@ class Draws(eqx.Module):
         """
         tail = jax.scipy.special.ndtr(-quantile_of_level(level, self.draws.dtype))
         return jnp.quantile(self.draws, tail, axis=-3), jnp.quantile(self.draws, 1 - tail, axis=-3)
+
+    def _by_parameters(self) -> Float[Array, "*trials num_parameters draws_of_each num_timesteps dim"]:
+        *trials, num_draws, num_timesteps, dim = self.draws.shape
+        split = (self.num_parameters, num_draws // self.num_parameters)
+        return self.draws.reshape(*trials, *split, num_timesteps, dim)
 
 
 class SampledPrediction(eqx.Module):
@@ -108,6 +142,15 @@ class SampledPrediction(eqx.Module):
             A table.
         """
         return prediction_table({"state": self.states, "emission": self.emissions})
+
+
+def pool_draws(
+    draws: Float[Array, "num_parameters *trials num_draws num_timesteps dim"],
+) -> Draws:
+    """One axis for the draws under all parameters."""
+    num_parameters = draws.shape[0]
+    draws = jnp.moveaxis(draws, 0, -4)
+    return Draws(draws.reshape(*draws.shape[:-4], -1, *draws.shape[-2:]), num_parameters)
 
 
 def check_num_draws(num_draws: Any) -> None:

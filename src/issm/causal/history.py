@@ -209,6 +209,12 @@ def check_plan(name: str, plan: Any) -> None:
         )
 
 
+def check_average(average_trials: Any, has_trials: bool, expected: str) -> None:
+    """Refuse an average over trials where there are none."""
+    if average_trials and not has_trials:
+        fail("average_trials", got="True for a single sequence", expected=expected, remedy="Leave it out.")
+
+
 def _check_time_axis(params: ParamsLGSSM, num_past: int, num_timesteps: int) -> None:
     for block in ("dynamics", "emissions"):
         for name, field in vars(getattr(params, block)).items():

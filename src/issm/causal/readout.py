@@ -90,6 +90,13 @@ def as_readout(params: ParamsLGSSM, of: Any) -> Readout:
     return Readout(None if of.weights is None else of.weights.astype(params.initial.mean.dtype), of.of)
 
 
+def read(
+    readout: Readout, values: Float[Array, "*axes num_timesteps dim"]
+) -> Float[Array, "*axes num_timesteps num_outputs"]:
+    """The outputs of emissions or states that were drawn."""
+    return values if readout.weights is None else jnp.einsum("mn,...tn->...tm", readout.weights, values)
+
+
 def as_window(scenario: Scenario, window: Any) -> Bool[Array, "*trials num_timesteps 1"]:
     """The steps that averages and sums run over, as a column for each trial.
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import as_float_array, check_finite, fail
 from issm._linalg import safe_sqrt
-from issm.causal.effects import DRAWS_AT_ONCE
 from issm.causal.predict import quantile_of_level
+from issm.causal.propagate import DRAWS_AT_ONCE
 from issm.causal.summaries import response_table
 from issm.causal.uncertainty import Directions, Spread, as_uncertain_parameters, empirical_spread, normal_spread
 from issm.models.lgssm import ParamsLGSSM, TimeVarying, check_params, values_of

@@ -9,16 +9,18 @@ from jaxtyping import Array
 
 from issm._check import check_key
 from issm._types import PRNGKey
+from issm.causal.counterfactual_effect import as_twin_scenario
 from issm.causal.curved import draw_curved_twins
 from issm.causal.draws import (
     GAUSS_NEWTON_STEPS,
-    Draws,
     SampledPrediction,
     check_num_draws,
     draw_deviations,
+    pool_draws,
     predictors_of,
 )
-from issm.causal.history import check_plan
+from issm.causal.history import Scenario
+from issm.causal.model_draws import as_model_draws, over_models
 from issm.causal.twin import twin_transitions
 from issm.inference.laplace import expand, make_problem
 from issm.interventions import Intervention
@@ -26,7 +28,7 @@ from issm.models.couplings import couple
 from issm.models.nonlinear import NonlinearDynamics
 from issm.models.ssm import SSM, as_model_trials, companion
 from issm.models.transitions import Transitions
-from issm.models.trials import Plan, Trials, as_plan
+from issm.models.trials import Plan, Trials
 
 
 def sample_counterfactual(
@@ -37,6 +39,7 @@ def sample_counterfactual(
     *,
     interventions: Intervention | None = None,
     inputs: Any = None,
+    parameters: Any = None,
     num_draws: int = 1000,
 ) -> SampledPrediction:
     r"""What these trials would have been under another plan, $p(x', y' \mid y, do(\pi), \pi')$, for any emission model.
@@ -55,14 +58,17 @@ def sample_counterfactual(
         plan: $\pi'$, the clamps that might have been, `(num_timesteps, state_dim)` or with a leading trial axis.
         interventions: $\pi$, the clamps that were in force. None: no clamps.
         inputs: Soft inputs, the same in both worlds. Needed if the model has inputs.
-        num_draws: Number of draws, at least 2.
+        parameters: What is known of the parameters: an `SSM` of draws, every array with one leading axis, all equally probable
+            (bootstrap refits, posterior draws, seeds); each infers the noise of the trials anew. None: those of `model`.
+        num_draws: Number of draws under each of the parameters, at least 2.
 
     Returns:
-        Draws of the counterfactual states and emissions, with the leading axes of `emissions` before the draws.
+        Draws of the counterfactual states and emissions, with the leading axes of `emissions` before the draws. Averages over
+        steps and trials, and their difference to what was, are in `sample_counterfactual_effect`.
 
     Raises:
         ValueError: If an argument has the wrong shape, type or values, or the emission model is one of the user's own, for which
-            no coupling is known; the message names it.
+            no coupling is known, or draws are not those of a model like `model`; the message names it.
 
     References:
         Pearl (2009), *Causality*, theorem 7.1.7; Lewis & Shedler (1979), *Naval Research Logistics* 26 (thinning).
@@ -77,38 +83,60 @@ def sample_counterfactual(
         >>> same.emissions.mean.tolist() == counts.tolist()
         True
     """
+    trials, scenario = check_question(key, model, emissions, plan, interventions, inputs, num_draws)
+    return _counterfactual(key, model, as_model_draws(model, parameters), trials, scenario, num_draws)
+
+
+def check_question(
+    key: Any, model: SSM, emissions: Any, plan: Any, interventions: Intervention | None, inputs: Any, num_draws: Any
+) -> tuple[Trials, Scenario]:
+    """Check what is asked, and give it the form of `counterfactual_effect`."""
     check_key(key)
     check_num_draws(num_draws)
     trials = as_model_trials(model, emissions, inputs, interventions)
-    check_plan("plan", plan)
-    num_trials = None if trials.one_sequence else trials.num_trials
-    other = as_plan(
-        companion(model),
-        trials.plan.inputs,
-        plan,
-        num_timesteps=trials.emissions.shape[1],
-        num_trials=num_trials,
-        interventions_name="plan",
-    ).intervention
-    return _counterfactual(key, model, trials, other, num_draws)
+    return trials, as_twin_scenario(companion(model), trials, plan)
 
 
 @eqx.filter_jit
-def _counterfactual(key: PRNGKey, model: SSM, trials: Trials, other: Intervention, num_draws: int) -> SampledPrediction:
-    def one(key: PRNGKey, emissions: Array, plan: Plan, other: Intervention) -> SampledPrediction:
+def _counterfactual(
+    key: PRNGKey, model: SSM, draws: SSM | None, trials: Trials, scenario: Scenario, num_draws: int
+) -> SampledPrediction:
+    def of_model(key: PRNGKey, model: SSM) -> tuple[Array, Array]:
+        _, others, _, counterfactual = draw_both_worlds(key, model, trials, scenario, num_draws)
+        return others, counterfactual
+
+    states, emissions = over_models(key, model, draws, of_model)
+    return SampledPrediction(pool_draws(states), pool_draws(emissions))
+
+
+def draw_both_worlds(
+    key: PRNGKey, model: SSM, trials: Trials, scenario: Scenario, num_draws: int
+) -> tuple[Array, Array, Array, Array]:
+    """States of every trial as it was and as it would have been, and its emissions likewise; `(*trials, num_draws, ...)`.
+
+    What was missing of the emissions is drawn given the states and the rest of its step.
+    """
+
+    def one(key: PRNGKey, scenario: Scenario, emissions: Array) -> tuple[Array, Array, Array, Array]:
         path_key, noise_key = jax.random.split(key)
+        plan = Plan(scenario.plan.inputs, scenario.reference)
         twins = draw_curved_twins if isinstance(model.dynamics, NonlinearDynamics) else _draw_twins
-        states, others = twins(path_key, model, emissions, plan, other, num_draws)
-        factual, counterfactual = (predictors_of(model, each, plan.inputs) for each in (states, others))
-        keys = jax.random.split(noise_key, num_draws)
-        shared = lambda key, eta, other_eta: couple(model.emission, key, emissions, eta, other_eta)  # noqa: E731
-        return SampledPrediction(Draws(others), Draws(jax.vmap(shared)(keys, factual, counterfactual)))
+        states, others = twins(path_key, model, emissions, plan, scenario.plan.intervention, num_draws)
+
+        def share(key: PRNGKey, eta: Array, other_eta: Array) -> tuple[Array, Array]:
+            fill_key, key = jax.random.split(key)
+            own = couple(model.emission, fill_key, emissions, eta, eta) if trials.may_miss else emissions
+            return own, couple(model.emission, key, own, eta, other_eta)
+
+        predictors = (predictors_of(model, each, plan.inputs) for each in (states, others))
+        own, counterfactual = jax.vmap(share)(jax.random.split(noise_key, num_draws), *predictors)
+        return states, others, own, counterfactual
 
     if trials.one_sequence:
-        return one(key, trials.emissions[0], trials.plan, other)
-    axes = jax.tree.map(lambda leaf: 0 if leaf.ndim == 3 else None, (trials.plan, other))
+        return one(key, scenario, trials.emissions[0])
+    axes = jax.tree.map(lambda leaf: 0 if leaf.ndim == 3 else None, scenario)
     keys = jax.random.split(key, trials.num_trials)
-    return jax.vmap(one, in_axes=(0, 0, *axes))(keys, trials.emissions, trials.plan, other)
+    return jax.vmap(one, in_axes=(0, axes, 0))(keys, scenario, trials.emissions)
 
 
 def _draw_twins(

@@ -15,9 +15,10 @@ from jaxtyping import Array, Float
 
 from issm._check import fail
 from issm._linalg import symmetrize
-from issm.causal.effects import Effect, Normal, Summaries, effects_of
+from issm.causal.estimates import Effect
 from issm.causal.history import History, Scenario, as_scenario, plan_params
 from issm.causal.predict import Moments, quantile_of_level
+from issm.causal.propagate import Normal, Summaries, effects_of
 from issm.causal.readout import as_window
 from issm.causal.summaries import effect_table
 from issm.causal.uncertainty import Directions, as_uncertain_parameters

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from issm._check import as_float_array, check_covariance, check_finite, check_variances, fail
-from issm._linalg import psd_cholesky
+from issm._linalg import psd_cholesky, safe_sqrt
 from issm.models.lgssm import ParamsLGSSM, is_diagonal, values_of
 
 BISECTIONS = 24
@@ -77,6 +77,15 @@ def as_uncertain_parameters(params: ParamsLGSSM, parameters: Any) -> ParamsLGSSM
 
 
 def _checked_draws(params: ParamsLGSSM, draws: ParamsLGSSM) -> ParamsLGSSM:
+    draws = as_draws_of(params, draws, "params")
+    for block in ("initial", "dynamics", "emissions"):
+        cov, positive = getattr(draws, block).cov, block == "emissions"
+        check_covs_of_draws(f"parameters.{block}.cov", cov, is_diagonal(getattr(params, block).cov), positive=positive)
+    return draws
+
+
+def as_draws_of(params: Any, draws: Any, name: str) -> Any:
+    """Draws with one leading axis, at least two and finite, in the form and dtype of `params`, the argument `name`."""
     same_form = jax.tree.structure(params) == jax.tree.structure(draws)
     leaves = jax.tree.leaves(draws)
     num_draws = jnp.shape(leaves[0])[:1]
@@ -85,8 +94,9 @@ def _checked_draws(params: ParamsLGSSM, draws: ParamsLGSSM) -> ParamsLGSSM:
         fail(
             "parameters",
             got=f"draws with shapes {[tuple(jnp.shape(leaf)) for leaf in leaves]}",
-            expected=f"one leading axis of draws before those of `params`, {[tuple(leaf.shape) for leaf in jax.tree.leaves(params)]}",
-            remedy="Draws must be of the model in `params`: the same dimensions, and diagonal covariances where it has them.",
+            expected=f"one leading axis of draws before those of `{name}`,"
+            f" {[tuple(jnp.shape(leaf)) for leaf in jax.tree.leaves(params)]}",
+            remedy=f"Draws must be of the model in `{name}`: the same dimensions, and diagonal covariances where it has them.",
         )
     if num_draws[0] < 2:
         fail(
@@ -98,11 +108,12 @@ def _checked_draws(params: ParamsLGSSM, draws: ParamsLGSSM) -> ParamsLGSSM:
     draws = jax.tree.map(lambda leaf, like: as_float_array("parameters", leaf, like.dtype), draws, params)
     for leaf in jax.tree.leaves(draws):
         check_finite("parameters", leaf)
-    for block in ("initial", "dynamics", "emissions"):
-        cov, positive = getattr(draws, block).cov, block == "emissions"
-        check = check_variances if is_diagonal(getattr(params, block).cov) else check_covariance
-        check(f"parameters.{block}.cov", values_of(cov), positive=positive)
     return draws
+
+
+def check_covs_of_draws(argument: str, cov: Any, diagonal: bool, *, positive: bool) -> None:
+    """Refuse draws of a covariance of which one is none."""
+    (check_variances if diagonal else check_covariance)(argument, values_of(cov), positive=positive)
 
 
 _psd_cholesky = jax.jit(psd_cholesky)
@@ -148,6 +159,35 @@ def mixture_spread(means: Float[Array, "num_draws *shape"], sds: Float[Array, "n
         prob_negative=1 - at_least_zero,
         p_value=_two_sided(at_most_zero, at_least_zero),
     )
+
+
+def spreads_of_draws(
+    draws: Float[Array, "num_parameters num_draws *shape"], z: Float[Array, ""]
+) -> tuple[Spread, Spread, Spread]:
+    """Spread from draw to draw, of the means between parameters, and of all, for several draws under each of some parameters.
+
+    Draws of trials add their Monte-Carlo error to the means; that share of the variance between the means is taken out, by
+    drawing them together around their own mean.
+
+    References:
+        Gelman et al. (2013), *Bayesian Data Analysis*, sec. 5.4 (variance within and between groups).
+    """
+    num_draws, means = draws.shape[1], draws.mean(axis=1)
+    mean, within = means.mean(axis=0), draws.var(axis=1, ddof=1).mean(axis=0)
+    trial = _with_sd(empirical_spread(_pooled(draws - means[:, None] + mean[None, None]), z), safe_sqrt(within))
+    between = means.var(axis=0, ddof=1)
+    share = jnp.where(between > 0, jnp.maximum(1 - within / num_draws / jnp.where(between > 0, between, 1.0), 0.0), 1.0)
+    parameter = empirical_spread(mean[None] + safe_sqrt(share)[None] * (means - mean[None]), z)
+    total = _with_sd(empirical_spread(_pooled(draws), z), jnp.hypot(trial.sd, parameter.sd))
+    return trial, parameter, total
+
+
+def _with_sd(spread: Spread, sd: Array) -> Spread:
+    return eqx.tree_at(lambda s: s.sd, spread, sd)
+
+
+def _pooled(draws: Float[Array, "num_parameters num_draws *shape"]) -> Float[Array, "all_draws *shape"]:
+    return draws.reshape(-1, *draws.shape[2:])
 
 
 def _normal_tails(mean: Array, sd: Array) -> tuple[Array, Array]:
