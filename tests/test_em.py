@@ -10,8 +10,13 @@ import scipy.stats
 
 import helpers
 import issm
+from issm.fitting.mask_patterns import find_patterns
 from issm.fitting.regression import PatternStatistics, regress_patterns
 from issm.fitting.result import Code
+from issm.fitting.statistics import expected_statistics
+from issm.inference.recursions import small_moments
+from issm.models.emission_sums import sum_emissions
+from issm.models.trials import as_trials
 
 FIELDS = {
     "initial": ("mean", "cov"),
@@ -269,6 +274,28 @@ def test_covariance_step_under_differing_masks_raises_the_expectation(fits):
     for block in ("initial", "dynamics"):
         old = replace(one.params, block, "cov", getattr(system.params, block).cov)
         assert expected_log_joint(one.params, system) >= expected_log_joint(old, system) - 1e-9
+
+
+@pytest.mark.parametrize("cov", ["diagonal", "full"])
+def test_sums_of_the_data_serve_as_well_as_residuals(cov):
+    system = helpers.random_system(2, num_trials=2, input_dim=1, emission_dim=5, emissions_cov=cov)
+    statistics = jax.jit(expected_statistics)
+    log_likelihood = jax.jit(lambda params, trials: small_moments(params, trials).logliks.sum())
+    arguments, keywords = system.data
+    for noise in (1.0, 1e-9):  # sums, and a noise that differences of sums would lose
+        params = replace(system.params, "emissions", "cov", noise * system.params.emissions.cov)
+        states = np.random.default_rng(0).normal(size=(*system.emissions.shape[:2], 2))
+        block = jax.tree.map(np.asarray, params.emissions)
+        exact = states @ block.weights.T + np.asarray(arguments[1]) @ block.input_weights.T + block.bias
+        emissions = exact + noise**0.5 * np.random.default_rng(1).normal(size=exact.shape)
+        trials = as_trials(params, emissions, arguments[1], keywords["interventions"])
+        sums = sum_emissions(params, trials.emissions, trials.plan.inputs)
+        with_sums = eqx.tree_at(lambda t: t.sums, trials, sums, is_leaf=lambda x: x is None)
+        assert helpers.relative_error(log_likelihood(params, with_sums), log_likelihood(params, trials)) < 1e-9
+        patterns = find_patterns(params, trials)
+        actual, expected = statistics(params, with_sums, patterns), statistics(params, trials, patterns)
+        for left, right in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            assert helpers.relative_error(left.astype(float), right.astype(float)) < 1e-9
 
 
 @pytest.mark.parametrize("name", list(OPTIONS))

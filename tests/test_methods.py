@@ -14,7 +14,7 @@ from issm.inference.dense import dense_moments
 from issm.inference.exact import exact_residual
 from issm.inference.methods import METHODS, choose_method
 from issm.inference.parallel import parallel_moments
-from issm.inference.recursions import small_moments
+from issm.inference.recursions import STEPS_OF_BLOCK, small_moments
 from issm.inference.sqrt import condition, sqrt_moments
 from issm.models.trials import as_trials
 from test_filter import FIELDS, SMOOTHED
@@ -87,6 +87,23 @@ def test_methods_agree(shape, data, seed, clamps):
     expected = KERNELS["dense_moments"](system.params, trials)
     for name in ("small_moments", "parallel_moments", "sqrt_moments"):
         assert_same(KERNELS[name](system.params, trials), expected)
+
+
+def test_long_trials():
+    """Covariances that settle are computed until they have, and go on where a clamp comes late."""
+    late = np.zeros((2 * STEPS_OF_BLOCK + 300, 2), bool)
+    late[-200, 0] = True
+    for mask in (np.zeros_like(late), late):
+        system = random_system(5, num_timesteps=len(late), state_dim=2, emission_dim=3, clamps="perfect")
+        system.mask[:] = mask
+        arguments, keywords = system.data
+        trials = as_trials(system.params, *arguments, keywords["interventions"])
+        actual = KERNELS["small_moments"](system.params, trials)
+        assert_same(actual, KERNELS["dense_moments"](system.params, trials))
+        settled = np.asarray(actual.predicted_covs[0, STEPS_OF_BLOCK:] == actual.predicted_covs[0, -1:]).all(
+            axis=(1, 2)
+        )
+        assert settled.all() == (not mask.any())
 
 
 def test_many_states():

@@ -152,7 +152,7 @@ class Sweep(eqx.Module):
         free_model = to_free(model)
         arrays, rest = eqx.partition(_by_gradient(free_model), eqx.is_inexact_array)
         masks = _by_gradient(self.masks)
-        if len(masks) == 2:  # the noise has a closed form
+        if isinstance(model.dynamics, NonlinearDynamics):  # the noise has a closed form
             masks = eqx.tree_at(lambda m: m[1].cov, masks, jnp.zeros(model.state_dim, bool))
         points = cubature_points(moments.means, moments.covs)
         pairs = None

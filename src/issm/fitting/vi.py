@@ -104,8 +104,9 @@ def fit_vi(
     """
     check_key(key)
     trials, data = prepare(model, emissions, inputs, interventions, held_out, patience)
-    check_linear(model, "whose divergence has no closed form, use `fit_laplace_em`")
-    if recognition is not None:
+    if recognition is None:
+        check_linear(model, "whose divergence has no closed form, use `fit_laplace_em`")
+    else:
         check_recognition(recognition, model, trials)
     _, _, masks = split(model, trainable, may_be_none=recognition is not None)
     known = all(all_false(mask) for mask in jax.tree.leaves(masks))

@@ -83,21 +83,6 @@ def cholesky(matrix: Array) -> Array:
     return lax.fori_loop(0, dim, eliminate, (jnp.zeros_like(matrix), matrix))[0]
 
 
-def whiten(matrix: Array, sides: Array) -> tuple[Array, Array]:
-    """Squared diagonal of L, and $L^{-1}$ times the sides, for positive definite matrices $L L^T$: one elimination for all."""
-    dim = matrix.shape[0]
-    rows = jnp.arange(dim)[:, None]
-
-    def eliminate(i: Array, rest: Array) -> Array:
-        here = lax.dynamic_index_in_dim(rest, i, axis=0, keepdims=False)
-        share = _column(rest, i) / lax.dynamic_index_in_dim(here, i, axis=0)
-        return rest - jnp.where(rows > i, share, 0.0)[:, None] * here[None]
-
-    done = lax.fori_loop(0, dim - 1, eliminate, jnp.concatenate([matrix, sides], axis=1))
-    pivots = jnp.stack([done[i, i] for i in range(dim)])
-    return pivots, done[:, dim:] / jnp.sqrt(pivots)[:, None]
-
-
 def invert_lower(factor: Array) -> Array:
     """Inverses of lower triangular matrices; a zero pivot gives a zero row and column."""
     dim = factor.shape[-2]

@@ -82,7 +82,6 @@ class _Updates(eqx.Module):
 
     Attributes:
         predicted: $P^-$.
-        filtered: $P = V P^- V^\top + K K^\top$, Joseph's form, which keeps its digits however small the noise.
         retained: $V = I - K H$, the share of a prediction error that the update leaves.
         gains: K.
         white_weights: $L^{-1} H$.
@@ -91,12 +90,17 @@ class _Updates(eqx.Module):
     """
 
     predicted: Array
-    filtered: Array
     retained: Array
     gains: Array
     white_weights: Array
     whitener: Array
     pivots: Array
+
+    @property
+    def filtered(self) -> Array:
+        r"""$P = V P^- V^\top + K K^\top$, Joseph's form, which keeps its digits however small the noise."""
+        kept = lanes.matmul(lanes.matmul(self.retained, self.predicted), lanes.transpose(self.retained))
+        return kept + lanes.matmul(self.gains, lanes.transpose(self.gains))
 
 
 def _run_covariances(weights: Array, covs: Array, rows: Array, num_lanes: int) -> _Updates:
@@ -107,8 +111,8 @@ def _run_covariances(weights: Array, covs: Array, rows: Array, num_lanes: int) -
         return _run_blocks(start, steps, rows)
 
     def step(cov: Array, at: tuple) -> tuple[Array, _Updates]:
-        predicted, filtered = _predict_and_take_in(cov, *at, constant_rows=rows[0])
-        return filtered, _update(predicted, at[2] if len(at) == 3 else rows[0])
+        weights, noise, *varying = at
+        return _update(_predict(cov, weights, noise), varying[0] if varying else rows[0])
 
     return lax.scan(step, start, steps)[1]
 
@@ -123,17 +127,18 @@ def _run_blocks(start: Array, steps: tuple[Array, ...], rows: Array) -> _Updates
     num_blocks = -(-num_timesteps // size)
     rest = num_blocks * size - num_timesteps
     blocks = [jnp.pad(x, ((0, rest), *((0, 0),) * 3)).reshape(num_blocks, size, *x.shape[1:]) for x in steps]
-    alike = jnp.stack([(x[1:] == x[-1]).all() for x in steps]).all()
+    alike = jnp.stack([(x[1:] == x[-1:]).all() for x in steps]).all()
     as_lanes = lambda x: jnp.moveaxis(x[..., 0], 0, -1)  # noqa: E731
     as_steps = lambda x: jnp.moveaxis(x, -1, 0)[..., None]  # noqa: E731
 
     def step(cov: Array, at: tuple) -> tuple[Array, Array]:
-        predicted, filtered = _predict_and_take_in(cov, *at, constant_rows=rows[0])
-        return filtered, predicted
+        weights, noise, *varying = at
+        predicted = _predict(cov, weights, noise)
+        return _take_in(predicted, varying[0] if varying else rows[0]), predicted
 
     def block(cov: Array, at: tuple) -> tuple[Array, _Updates]:
         cov, predicted = lax.scan(step, cov, at)
-        updates = _update(as_lanes(predicted), as_lanes(at[2]) if len(at) == 3 else rows[0])
+        updates = _update(as_lanes(predicted), as_lanes(at[2]) if len(at) == 3 else rows[0])[1]
         return cov, jax.tree.map(as_steps, updates)
 
     if num_blocks == 1:
@@ -156,7 +161,7 @@ def _run_blocks(start: Array, steps: tuple[Array, ...], rows: Array) -> _Updates
         return index + 1, after, settled, found
 
     count, _, _, found = lax.while_loop(unsettled, run, (jnp.zeros((), jnp.int32), start, jnp.zeros((), bool), blank))
-    computed = (jnp.arange(num_timesteps) < count * size).reshape(-1, 1, 1, 1)
+    computed = (jnp.arange(num_timesteps, dtype=count.dtype) < count * size).reshape(-1, 1, 1, 1)
 
     def fill(leaf: Array) -> Array:
         flat = leaf.reshape(num_blocks * size, *leaf.shape[2:])
@@ -166,13 +171,13 @@ def _run_blocks(start: Array, steps: tuple[Array, ...], rows: Array) -> _Updates
     return jax.tree.map(fill, found)
 
 
-def _predict_and_take_in(
-    cov: Array, weights: Array, noise: Array, rows: Array | None = None, *, constant_rows: Array
-) -> tuple[Array, Array]:
-    """The predicted covariance, and the filtered one; rows h of unit noise are taken in one by one."""
-    rows = constant_rows if rows is None else rows
+def _predict(cov: Array, weights: Array, noise: Array) -> Array:
+    return lanes.matmul(lanes.matmul(weights, cov), lanes.transpose(weights)) + noise
+
+
+def _take_in(cov: Array, rows: Array) -> Array:
+    """The covariance after an update with rows h of unit noise, one by one."""
     num_rows = rows.shape[0]
-    predicted = lanes.matmul(lanes.matmul(weights, cov), lanes.transpose(weights)) + noise
 
     def seen_by(i: Any, cov: Array) -> tuple[Array, Array]:
         row = lax.dynamic_index_in_dim(rows, i, keepdims=False)
@@ -185,24 +190,40 @@ def _predict_and_take_in(
         return cov, *seen_by(jnp.minimum(i + 1, num_rows - 1), cov)
 
     unroll = num_rows <= MOST_UNROLLED_ROWS
-    filtered = lax.fori_loop(0, num_rows, take_in, (predicted, *seen_by(0, predicted)), unroll=unroll)[0]
-    return predicted, filtered
+    return lax.fori_loop(0, num_rows, take_in, (cov, *seen_by(0, cov)), unroll=unroll)[0]
 
 
-def _update(predicted: Array, rows: Array) -> _Updates:
-    """The update of one step of all patterns, or of all steps of one pattern."""
-    state_dim, num_rows, dtype = predicted.shape[0], rows.shape[0], predicted.dtype
-    eye = lanes.identity(num_rows, dtype)
-    rows_covs = lanes.matmul(rows, predicted)
-    innovation_covs = lanes.matmul(rows_covs, lanes.transpose(rows)) + eye
-    sides = [jnp.broadcast_to(side, (*side.shape[:2], predicted.shape[-1])) for side in (rows, eye)]
-    pivots, whitened = lanes.whiten(innovation_covs, jnp.concatenate([*sides, rows_covs], axis=1))
-    white_weights, whitener, white_covs = jnp.split(whitened, (state_dim, state_dim + num_rows), axis=1)
-    retained = lanes.identity(state_dim, dtype) - lanes.matmul(lanes.transpose(white_covs), white_weights)
-    gains = lanes.matmul(lanes.transpose(white_covs), whitener)
-    kept = lanes.matmul(lanes.matmul(retained, predicted), lanes.transpose(retained))
-    filtered = kept + lanes.matmul(gains, lanes.transpose(gains))
-    return _Updates(predicted, filtered, retained, gains, white_weights, whitener, pivots)
+def _update(predicted: Array, rows: Array) -> tuple[Array, _Updates]:
+    r"""The update of one step of all patterns, or of all steps of one pattern; the first result is the plain $P - K S K^\top$.
+
+    Rows are taken in one by one, with s = 1 + h' P h of each, by what P, V and K become: $[P, V, K] - P h\, (h^\top [P, V, K] - e) / s$,
+    where e is the unit vector of the row's own gain. $h^\top V / \sqrt{s}$ and $(e - h^\top K) / \sqrt{s}$ are its rows of
+    $L^{-1} H$ and of $L^{-1}$.
+    """
+    state_dim, num_rows, num_lanes, dtype = predicted.shape[0], rows.shape[0], predicted.shape[-1], predicted.dtype
+    eye = jnp.broadcast_to(lanes.identity(state_dim, dtype), predicted.shape)
+    start = jnp.concatenate([predicted, eye, jnp.zeros((state_dim, num_rows, num_lanes), dtype)], axis=1)
+    units = jnp.eye(num_rows, 2 * state_dim + num_rows, k=2 * state_dim, dtype=dtype)
+
+    def see(known: Array, i: Any) -> tuple[Array, Array, Array]:
+        row, unit = (lax.dynamic_index_in_dim(x, i, keepdims=False) for x in (rows, units))
+        seen = sum(known[j] * row[None, j] for j in range(state_dim)) - unit[:, None]
+        pivot = 1 + sum(seen[j] * row[j] for j in range(state_dim))
+        return seen, seen[:state_dim] / pivot[None], pivot
+
+    def take_in(carry: tuple, i: Array) -> tuple[tuple, tuple[Array, Array]]:
+        known, seen, gain, pivot = (
+            carry  # the next row is seen before it is needed: XLA would see it once for each state
+        )
+        known = known - gain[:, None] * seen[None]
+        return (known, *see(known, jnp.minimum(i + 1, num_rows - 1))), (seen[state_dim:], pivot)
+
+    unroll = num_rows <= MOST_UNROLLED_ROWS
+    carry, (seen, pivots) = lax.scan(take_in, (start, *see(start, 0)), jnp.arange(num_rows), unroll=unroll)
+    known = carry[0]
+    filtered, retained, gains = jnp.split(known, (state_dim, 2 * state_dim), axis=1)
+    white = seen / jnp.sqrt(pivots)[:, None]
+    return filtered, _Updates(predicted, retained, gains, white[:, :state_dim], -white[:, state_dim:], pivots)
 
 
 def _recursion(matrices: Array, drive: Array, reverse: bool = False) -> Array:

@@ -136,14 +136,7 @@ def ssm_from_lgssm(params: ParamsLGSSM) -> SSM:
         [[1.0]]
     """
     check_params(params)
-    for name, field in vars(params.emissions).items():
-        if isinstance(field, TimeVarying):
-            fail(
-                f"params.emissions.{name}",
-                got="a TimeVarying",
-                expected="a constant field",
-                remedy="The emission of an `SSM` is the same at every step.",
-            )
+    _check_constant("params.emissions", params.emissions, "The emission of an `SSM` is the same at every step.")
     emissions = params.emissions
     emission = GaussianEmission(LinearMap(emissions.weights, emissions.bias), emissions.cov, emissions.input_weights)
     return SSM(params.initial, params.dynamics, emission)
@@ -215,19 +208,19 @@ def bend_dynamics(key: PRNGKey, model: SSM, widths: Sequence[int] = (32,), *, ac
     check_key(key)
     check_model(model)
     linear = check_linear(model, "there is nothing to do")
-    for name, field in vars(linear).items():
-        if isinstance(field, TimeVarying):
-            fail(
-                f"model.dynamics.{name}",
-                got="a TimeVarying",
-                expected="a constant field",
-                remedy="A map of the dynamics is the same at every step.",
-            )
+    _check_constant("model.dynamics", linear, "A map of the dynamics is the same at every step.")
     weights, bias, cov = values_of(linear.weights), values_of(linear.bias), values_of(linear.cov)
     state_dim = model.state_dim
     network = MLP(key, state_dim, state_dim, widths, activation=activation, bias=bias, dtype=bias.dtype)
     network = eqx.tree_at(lambda n: n.skip, network, weights)
     return SSM(model.initial, NonlinearDynamics(network, cov, values_of(linear.input_weights)), model.emission)
+
+
+def _check_constant(name: str, block: Any, reason: str) -> None:
+    """Refuse a block of parameters with a field that varies in time."""
+    for field, value in vars(block).items():
+        if isinstance(value, TimeVarying):
+            fail(f"{name}.{field}", got="a TimeVarying", expected="a constant field", remedy=reason)
 
 
 def check_model(model: Any) -> None:
