@@ -6,7 +6,8 @@ from typing import ParamSpec, TypeVar
 
 import jax
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 QUICKER = {"xla_cpu_use_fusion_emitters": False}
 """The older of XLA's two generators of fused loops for the CPU: the same speed of the loops, in less than half the compile time."""

@@ -207,14 +207,14 @@ def _update(predicted: Array, rows: Array) -> tuple[Array, _Updates]:
 
     def see(known: Array, i: Any) -> tuple[Array, Array, Array]:
         row, unit = (lax.dynamic_index_in_dim(x, i, keepdims=False) for x in (rows, units))
-        seen = sum(known[j] * row[None, j] for j in range(state_dim)) - unit[:, None]
-        pivot = 1 + sum(seen[j] * row[j] for j in range(state_dim))
+        products = (known[j] * row[None, j] for j in range(state_dim))
+        seen: Array = sum(products, start=-unit[:, None])  # type: ignore[assignment]
+        pivot = sum((seen[j] * row[j] for j in range(state_dim)), start=jnp.ones((), dtype))
         return seen, seen[:state_dim] / pivot[None], pivot
 
     def take_in(carry: tuple, i: Array) -> tuple[tuple, tuple[Array, Array]]:
-        known, seen, gain, pivot = (
-            carry  # the next row is seen before it is needed: XLA would see it once for each state
-        )
+        # The next row is seen before it is needed: XLA would see it once for each state.
+        known, seen, gain, pivot = carry
         known = known - gain[:, None] * seen[None]
         return (known, *see(known, jnp.minimum(i + 1, num_rows - 1))), (seen[state_dim:], pivot)
 
