@@ -23,10 +23,8 @@ import issm
 
 LEVEL_SD, LEVEL_DEGREES = 0.01, 32.0  # the prior of the level's steps: its guess in units of the series, and its weight
 EXPECTED_R2, NOISE_DEGREES = 0.8, 50.0  # that of the noise: what the regressors are expected to explain, and its weight
-SLAB_WEIGHT, SLAB_SHRINKAGE = (
-    0.01,
-    0.5,
-)  # that of their weights: in observations, and how much of it is without correlations
+SLAB_WEIGHT = 0.01  # that of their weights, in observations
+SLAB_SHRINKAGE = 0.5  # how much of it is without correlations
 SWEEPS = dict(num_samples=500, num_warmup=500, num_chains=4, thin=20)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from issm._linalg import symmetrize
-from issm.causal.history import check_plan
+from issm.causal.history import Scenario, check_plan
 from issm.causal.predict import Moments, Prediction
 from issm.causal.twin import twin_transitions
 from issm.inference.dense import BackwardPass, FilterPass, run_filter, run_smoother
@@ -68,16 +68,21 @@ def counterfactual(
         [0.0]
     """
     trials = as_trials(params, emissions, inputs, interventions)
+    return _counterfactual(params, trials, as_twin_scenario(params, trials, plan).plan.intervention)
+
+
+def as_twin_scenario(params: ParamsLGSSM, trials: Trials, plan: Any) -> Scenario:
+    """The plan that might have been, and the one that was in force as the reference."""
     check_plan("plan", plan)
     other = as_plan(
         params,
         trials.plan.inputs,
         plan,
         num_timesteps=trials.emissions.shape[1],
-        num_trials=None if trials.one_sequence else trials.emissions.shape[0],
+        num_trials=None if trials.one_sequence else trials.num_trials,
         interventions_name="plan",
     )
-    return _counterfactual(params, trials, other.intervention)
+    return Scenario(None, None, other, trials.plan.intervention)
 
 
 @jax.jit

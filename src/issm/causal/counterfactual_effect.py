@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from issm.causal.counterfactual import Twins, own_emissions, smooth_twins
+from issm.causal.counterfactual import Twins, as_twin_scenario, own_emissions, smooth_twins
 from issm.causal.estimates import Effect, EffectEstimate
-from issm.causal.history import Scenario, check_average, check_plan
+from issm.causal.history import Scenario, check_average
 from issm.causal.predict import quantile_of_level
 from issm.causal.propagate import Normal, Summaries, effects_of, over_trials
 from issm.causal.readout import Readout, as_readout, as_window
@@ -18,7 +18,7 @@ from issm.causal.summaries import effect_table
 from issm.causal.uncertainty import Directions, as_uncertain_parameters
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM
-from issm.models.trials import Trials, as_plan, as_trials
+from issm.models.trials import Trials, as_trials
 
 
 class CounterfactualEffect(EffectEstimate):
@@ -137,20 +137,6 @@ def counterfactual_effect(
     return _counterfactual_effect(
         params, trials, scenario, readout, steps, uncertain, z, jnp.asarray(level, dtype), bool(average_trials)
     )
-
-
-def as_twin_scenario(params: ParamsLGSSM, trials: Trials, plan: Any) -> Scenario:
-    """The plan that might have been, and the one that was in force as the reference."""
-    check_plan("plan", plan)
-    other = as_plan(
-        params,
-        trials.plan.inputs,
-        plan,
-        num_timesteps=trials.emissions.shape[1],
-        num_trials=None if trials.one_sequence else trials.num_trials,
-        interventions_name="plan",
-    )
-    return Scenario(None, None, other, trials.plan.intervention)
 
 
 class TrialSummaries(eqx.Module):

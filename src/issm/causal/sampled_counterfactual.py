@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from issm._check import check_key
 from issm._types import PRNGKey
-from issm.causal.counterfactual_effect import as_twin_scenario
+from issm.causal.counterfactual import as_twin_scenario
 from issm.causal.curved import draw_curved_twins
 from issm.causal.draws import (
     GAUSS_NEWTON_STEPS,
