@@ -118,6 +118,8 @@ FUNCTIONS = {
     ),
     "counterfactual": infer(lambda p, y, u, interventions: issm.counterfactual(
         p, y, issm.no_intervention(4, 2), interventions=interventions, inputs=u)),
+    "counterfactual_effect": infer(lambda p, y, u, interventions: spreads(issm.counterfactual_effect(
+        p, y, issm.no_intervention(4, 2), interventions=interventions, inputs=u))),
     "compare": lambda a: issm.compare(
         KEY, {"clamps": (params(a), "clamps"), "ignored": (params(a), "ignored")}, jnp.stack([a["emissions"], -a["emissions"]]),
         a["inputs"], interventions=plan(a), num_bootstrap=5),
@@ -154,6 +156,8 @@ FUNCTIONS = {
     "sample": lambda a: issm.sample(KEY, bent(a), NUM_TIMESTEPS, a["inputs"], interventions=plan(a)),
     "sample_counterfactual": lambda a: floats(issm.sample_counterfactual(
         KEY, bent(a), a["emissions"], issm.no_intervention(4, 2), interventions=plan(a), inputs=a["inputs"], num_draws=2)),
+    "sample_counterfactual_effect": lambda a: spreads(issm.sample_counterfactual_effect(
+        KEY, bent(a), a["emissions"], issm.no_intervention(4, 2), interventions=plan(a), inputs=a["inputs"], num_draws=5)),
     "sample_effect": lambda a: spreads(
         issm.sample_effect(KEY, bent(a), plan(a), history=history(a), inputs=a["inputs"], num_draws=5)),
     "sample_prediction": lambda a: issm.sample_prediction(
