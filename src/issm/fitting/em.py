@@ -110,9 +110,9 @@ def fit_em(
     return _result(_finish(state, problem, center, params, num_iters))
 
 
-def improve(params: ParamsLGSSM, trials: Trials, num_iters: int) -> FitResult:
+def improve(params: ParamsLGSSM, trials: Trials, num_iters: int, tol: float = 0.0) -> FitResult:
     """Some updates with the defaults of `fit_em`; what is compiled for them serves `fit_em` on the same data."""
-    problem = _pose(params, trials, make_rules(params, None, None), num_iters, 0.0)
+    problem = _pose(params, trials, make_rules(params, None, None), num_iters, tol)
     centered, state, center = _prepare(params, problem, _places(num_iters), True)
     return _finish(_run(state, centered, num_iters), problem, center, params, num_iters)
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from issm._check import check_key
 from issm._types import PRNGKey
 from issm.fitting.em import improve
+from issm.fitting.redrawn import redrawn_start
 from issm.fitting.start_data import StartData
 from issm.fitting.starts import component_states, forward_states, history_states, regress, subspace_states
 from issm.interventions import Intervention
@@ -22,7 +23,6 @@ STARTS = {
     "subspace": subspace_states,
     "forward": forward_states,
     "history": history_states,
-    "components": component_states,
 }
 
 
@@ -85,7 +85,12 @@ def initialize_lgssm(
 
     Regressions then give C, D, d, R from all steps and each row of A, B, b, Q from the arrivals in which it was not clamped. A is
     shrunk to a spectral radius of at most 0.98, and updates that take it beyond 1.1 are not made. "history" is tried with fewer
-    than twice as many emissions as states, and "components" where all others fail.
+    than twice as many emissions as states, and "components" where all others fail. From the best of these one more is made,
+    which decides where clamps are rare:
+
+    - "redrawn": the model in which clamped steps redraw all states is fitted, which learns from the steps that nobody touched,
+      and clamped states are regressed in its coordinates, by their known values and with errors in the estimated states. It
+      is not tried with too few untouched steps, or if a state is clamped to one value only.
 
     The start follows a change of units: emissions $c y + k$ give C, d and R in the new units and the same dynamics.
 
@@ -105,7 +110,7 @@ def initialize_lgssm(
 
     References:
         Van Overschee & De Moor (1996), *Subspace Identification for Linear Systems*, ch. 3; Katayama (2005), *Subspace Methods
-        for System Identification*, ch. 8 (canonical correlations).
+        for System Identification*, ch. 8 (canonical correlations); Fuller (1987), *Measurement Error Models*, sec. 2.3.
 
     Examples:
         >>> import jax, issm
@@ -123,35 +128,40 @@ def initialize_lgssm(
         names.append("forward")
     if data.values.shape[2] < 2 * state_dim and data.values.shape[1] > 1:
         names.append("history")
-    tried = {name: _try(name, data, key) for name in names}
-    failed = [name for name in names if not np.isfinite(tried[name][1])]
-    if len(failed) == len(names):
-        names.append("components")
-        tried["components"] = _try("components", data, key)
-    log_probs = np.array([tried[name][1] for name in names])
-    best = names[int(np.argmax(np.where(np.isfinite(log_probs), log_probs, -np.inf)))]
+    rng = np.random.default_rng(np.asarray(jax.random.randint(key, (4,), 0, 2**31 - 1)))
+    tried = {name: _improve(regress(data, STARTS[name](data, rng)), data) for name in names}
+    if not any(np.isfinite(log_prob) for _, log_prob in tried.values()):
+        tried["components"] = _improve(regress(data, component_states(data, rng)), data)
+    if data.clamped.any():
+        guess = redrawn_start(data, tried[_best(tried)][0])
+        if guess is not None:
+            tried["redrawn"] = _improve(guess, data)
+    best = _best(tried)
+    failed = [name for name, (_, log_prob) in tried.items() if not np.isfinite(log_prob)]
     levels = [np.unique(data.value[..., i][data.mask[..., i] & data.alive]).size for i in range(state_dim)]
     one_level = data.clamped & (np.array(levels) == 1)
     return Initialization(
         params=tried[best][0],
         start=best,
-        starts=tuple(names),
-        log_probs=jnp.asarray(log_probs, data.dtype),
+        starts=tuple(tried),
+        log_probs=jnp.asarray([log_prob for _, log_prob in tried.values()], data.dtype),
         never_clamped=jnp.asarray(~data.clamped),
         one_level=jnp.asarray(one_level),
         remarks=_remarks(data, one_level, failed),
     )
 
 
-def _try(name: str, data: StartData, key: PRNGKey) -> tuple[ParamsLGSSM, float]:
-    rng = np.random.default_rng(np.asarray(jax.random.randint(key, (4,), 0, 2**31 - 1)))
-    guess = regress(data, STARTS[name](data, rng))
+def _improve(guess: ParamsLGSSM, data: StartData) -> tuple[ParamsLGSSM, float]:
     fit = improve(guess, data.trials, NUM_UPDATES)
     if (
         np.abs(np.linalg.eigvals(fit.params.dynamics.weights)).max() > EXPLOSIVE
     ):  # little data: let no fitter start there
         return guess, float(fit.log_probs[0])
     return fit.params, float(fit.log_probs[-1])
+
+
+def _best(tried: dict[str, tuple[ParamsLGSSM, float]]) -> str:
+    return max(tried, key=lambda name: tried[name][1] if np.isfinite(tried[name][1]) else -np.inf)
 
 
 def _remarks(data: StartData, one_level: np.ndarray, failed: list[str]) -> tuple[str, ...]:

@@ -3,15 +3,16 @@
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from issm._check import as_array, as_float_array, check_finite, check_key, common_float_dtype, fail, is_concrete
+from issm._check import as_array, as_float_array, check_key
 from issm._types import PRNGKey
 from issm.fitting.em import fit_em
+from issm.fitting.gains import Design, refit
 from issm.fitting.initialize import initialize_lgssm
+from issm.fitting.redrawn import WIDE, from_emissions_alone, redraw
 from issm.fitting.spectra import (
     CLAMP,
     NONE,
@@ -26,13 +27,13 @@ from issm.fitting.spectra import (
     share_states,
     soft_effect,
 )
+from issm.fitting.target_data import check_data
 from issm.inference.kalman import marginal_log_prob
 from issm.inference.smoother import lgssm_smoother
-from issm.interventions import Intervention, stimulate
+from issm.interventions import Intervention
 from issm.models.coordinates import transform_params
-from issm.models.lgssm import ParamsLGSSM, as_matrix, values_of
+from issm.models.lgssm import ParamsLGSSM, values_of
 
-WIDE = 100.0  # variance of the prior of a stimulated state, in units of the variance of the states
 LONGER = 4  # times as many updates for a second attempt
 
 
@@ -155,16 +156,16 @@ def learn_targets(
         ('clamp', 'none')
     """
     check_key(key)
-    emissions, amplitudes, active = _as_data(emissions, amplitudes, active, state_dim)
+    emissions, amplitudes, active = check_data(emissions, amplitudes, active, state_dim)
     num_channels = amplitudes.shape[-1]
     stimulated = active.any(axis=-1)
     start = initialize_lgssm(key, emissions, state_dim).params
     wide = WIDE * _state_variance(start, emissions)
-    redrawn = Intervention(np.repeat(stimulated[..., None], state_dim, axis=-1), jnp.zeros((), emissions.dtype), wide)
+    redrawn = redraw(stimulated, np.full(state_dim, wide, emissions.dtype))
     for num_updates in (num_iters, LONGER * num_iters):
         fit = fit_em(start, emissions, interventions=redrawn, num_iters=num_updates, tol=tol)
         start = blind = fit.params
-        steps = _stimulated_steps(blind, emissions, redrawn, wide, np.asarray(amplitudes, np.float64), active)
+        steps = _stimulated_steps(blind, emissions, redrawn, np.asarray(amplitudes, np.float64), active)
         channels = [describe(steps, m) for m in range(num_channels)]
         kinds, reasons = (list(each) for each in zip(*map(judge, channels), strict=True))
         clamping = {m: c for m, c in enumerate(channels) if kinds[m] == CLAMP and c is not None}
@@ -180,8 +181,8 @@ def learn_targets(
     rows, offset, targets = _coordinates(steps, clamping, states, num_channels)
     soft = {m: soft_effect(steps, m) for m in range(num_channels) if kinds[m] == SOFT}
     start = _in_coordinates(blind, rows, offset, soft, num_channels)
-    design = _Design(emissions, amplitudes, active, tuple(kinds))
-    params, targets = _refit(start, design, jnp.asarray(targets, emissions.dtype), num_iters, tol)
+    design = Design(emissions, amplitudes, active, tuple(kinds))
+    params, targets = refit(start, design, jnp.asarray(targets, emissions.dtype), num_iters, tol)
     return _result(params, targets, design, channels, reasons)
 
 
@@ -193,36 +194,10 @@ def _state_variance(params: ParamsLGSSM, emissions: Array) -> float:
     return float(states.reshape(-1, len(weights)).var(axis=0).mean())
 
 
-class _Design:
-    """Data, with what is known of the channels."""
-
-    def __init__(self, emissions: Array, amplitudes: Array, active: np.ndarray, kinds: tuple[str, ...]):
-        of_kind = lambda *wanted: np.array([kind in wanted for kind in kinds])  # noqa: E731
-        self.emissions, self.kinds = emissions, kinds
-        self.amplitudes, self.active = amplitudes, active
-        self.inputs = jnp.where(active & of_kind(SOFT), amplitudes, 0.0)
-        self.unknown = np.any(active & of_kind(UNDECIDED), axis=-1, keepdims=True)
-        self.clamping = active & of_kind(CLAMP)
-
-    def plan(self, params: ParamsLGSSM, targets: Array) -> Intervention:
-        """Clamps where they are known, wide redraws where an undecided channel is on."""
-        clamps = stimulate(self.amplitudes, targets, self.clamping)
-        scale = WIDE * jnp.diagonal(
-            values_of(as_matrix(params.initial.cov)) + values_of(as_matrix(params.dynamics.cov))
-        )
-        unknown = jnp.broadcast_to(self.unknown, clamps.mask.shape)
-        return Intervention(
-            clamps.mask | unknown,
-            jnp.where(unknown, 0.0, clamps.value),
-            jnp.where(unknown, scale.reshape((1,) * (clamps.mask.ndim - 1) + (-1,)), 0.0),
-        )
-
-
 def _stimulated_steps(
     params: ParamsLGSSM,
     emissions: Array,
     redrawn: Intervention,
-    wide: float,
     amplitudes: np.ndarray,
     active: np.ndarray,
 ) -> Steps:
@@ -247,15 +222,16 @@ def _stimulated_steps(
     expected[:, 1:] = before[:, :-1] @ weights.T + bias
     spread[:, 1:] = weights @ before_covs[:, :-1] @ weights.T + noise
     used = active.any(axis=-1)
-    # The posterior less its prior N(0, wide) is what the emissions alone say.
-    precision = np.linalg.inv(covs[used])
-    information = precision - np.eye(means.shape[-1]) / wide
-    strength = np.linalg.eigvalsh(information)[:, 0]
-    clear = strength > 1e-3 * max(np.median(strength), 0.0)  # enough was observed at this step
-    error = np.linalg.inv(information[clear])
-    estimate = np.einsum("tij,tjk,tk->ti", error, precision[clear], means[used][clear])
+    estimate, error = from_emissions_alone(means[used], covs[used], np.asarray(redrawn.variance, np.float64)[used])
+    doubt = np.linalg.eigvalsh(error)[:, -1]
+    clear = doubt < 1e3 * np.median(doubt)  # enough was observed at this step
     return Steps(
-        estimate, error, expected[used][clear], spread[used][clear], amplitudes[used][clear], active[used][clear]
+        estimate[clear],
+        error[clear],
+        expected[used][clear],
+        spread[used][clear],
+        amplitudes[used][clear],
+        active[used][clear],
     )
 
 
@@ -299,71 +275,8 @@ def _in_coordinates(
     return eqx.tree_at(where, moved, (jnp.asarray(effects, dtype), blank))
 
 
-def _refit(
-    params: ParamsLGSSM, design: _Design, targets: Array, num_iters: int, tol: float
-) -> tuple[ParamsLGSSM, Array]:
-    """Fit, set the gains to their best, and fit again."""
-    trainable = eqx.tree_at(lambda p: p.emissions.input_weights, jax.tree.map(lambda _: True, params), False)
-    for more in (True, False):
-        plan = design.plan(params, targets)
-        params = fit_em(
-            params,
-            design.emissions,
-            design.inputs,
-            interventions=plan,
-            trainable=trainable,
-            num_iters=num_iters,
-            tol=tol,
-        ).params
-        if more and bool((jnp.count_nonzero(targets, axis=0) > 1).any()):  # a single gain is the scale of its state
-            places = jnp.nonzero(targets)
-            gains = _best_gains(
-                params,
-                design.emissions,
-                design.inputs,
-                plan,
-                design.amplitudes,
-                design.unknown,
-                targets[places],
-                places,
-            )
-            targets = targets.at[places].set(gains)
-    scale = np.ones(params.state_dim)
-    for i in np.flatnonzero(np.asarray(targets).any(axis=0)):
-        column = np.asarray(targets[:, i])
-        scale[i] = 1 / column[np.flatnonzero(column)[0]]
-    params = transform_params(params, jnp.asarray(np.diag(scale), targets.dtype))
-    return params, targets * jnp.asarray(scale, targets.dtype)[None]
-
-
-@jax.jit
-def _best_gains(
-    params: ParamsLGSSM,
-    emissions: Array,
-    inputs: Array,
-    plan: Intervention,
-    amplitudes: Array,
-    unknown: Array,
-    gains: Array,
-    places: tuple[Array, Array],
-) -> Array:
-    """The maximum of the likelihood over the gains, of which it is a quadratic function: one step of Newton."""
-
-    def log_prob(gains: Array) -> Array:
-        targets = jnp.zeros((amplitudes.shape[-1], params.state_dim), gains.dtype).at[places].set(gains)
-        value = jnp.where(plan.mask & ~unknown, jnp.where(plan.mask, amplitudes @ targets, 0.0), plan.value)
-        moved = eqx.tree_at(lambda p: p.value, plan, value)
-        return marginal_log_prob(params, emissions, inputs, interventions=moved).sum()
-
-    score = jax.grad(log_prob)
-    slope = score(gains)
-    # Differences of the derivative of a quadratic function are exact.
-    curvature = jax.lax.map(lambda direction: slope - score(gains + direction), jnp.eye(len(gains), dtype=gains.dtype))
-    return gains + jnp.linalg.lstsq(curvature, slope)[0]
-
-
 def _result(
-    params: ParamsLGSSM, targets: Array, design: _Design, channels: list[Channel | None], reasons: list[str]
+    params: ParamsLGSSM, targets: Array, design: Design, channels: list[Channel | None], reasons: list[str]
 ) -> LearnedTargets:
     dtype, state_dim = targets.dtype, targets.shape[1]
     blank = np.full(state_dim, np.nan)
@@ -380,46 +293,3 @@ def _result(
         log_prob=log_prob,
         reasons=tuple(reasons),
     )
-
-
-def _as_data(emissions: Any, amplitudes: Any, active: Any, state_dim: int) -> tuple[Array, Array, np.ndarray]:
-    if not all(is_concrete(leaf) for leaf in jax.tree.leaves((emissions, amplitudes, active))):
-        fail("emissions", got="data that JAX traces", expected="concrete arrays", remedy="Call it outside `jit`.")
-    dtype = common_float_dtype(emissions)
-    emissions = as_float_array("emissions", emissions, dtype)
-    amplitudes = as_float_array("amplitudes", amplitudes, dtype)
-    if (
-        emissions.ndim not in (2, 3)
-        or amplitudes.ndim != emissions.ndim
-        or amplitudes.shape[:-1] != emissions.shape[:-1]
-    ):
-        fail(
-            "amplitudes",
-            got=f"shape {tuple(amplitudes.shape)} for emissions of shape {tuple(emissions.shape)}",
-            expected="(num_timesteps, num_channels) or (num_trials, num_timesteps, num_channels), like the emissions",
-            remedy="Give each trial its amplitudes.",
-        )
-    active = np.asarray(amplitudes != 0) if active is None else np.asarray(as_array("active", active))
-    if active.dtype != bool or active.shape != amplitudes.shape:
-        fail(
-            "active",
-            got=f"dtype {active.dtype}, shape {active.shape}",
-            expected=f"Boolean, with the shape of `amplitudes`, {tuple(amplitudes.shape)}",
-            remedy="Give one Boolean for each amplitude.",
-        )
-    check_finite("amplitudes", jnp.where(active, amplitudes, 0.0))
-    if emissions.shape[-1] < state_dim:
-        fail(
-            "state_dim",
-            got=f"{state_dim} for {emissions.shape[-1]} emissions",
-            expected="no more states than emissions",
-            remedy="The state at a stimulated step is read off the emissions; use fewer states.",
-        )
-    if not active.any():
-        fail(
-            "active", got="no stimulated step", expected="at least one", remedy="Pass `active` if amplitudes are zero."
-        )
-    amplitudes = jnp.where(active, amplitudes, 0.0)
-    if emissions.ndim == 2:
-        return emissions[None], amplitudes[None], active[None]
-    return emissions, amplitudes, active
