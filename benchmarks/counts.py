@@ -1,6 +1,6 @@
 """Poisson emissions: how well is the response to stimulation predicted that nobody has tried?
 
-    python benchmarks/counts.py [--systems 5] [--no-dynamax]
+    python benchmarks/counts.py [--sizes 6x25] [--systems 5] [--no-dynamax]
 
 Random stable systems, each state clamped alone in training, pairs of them together in the test. The mean squared error of the predicted
 rates against held-out counts, over that of the true expected counts, which nothing but luck can beat. Beside the library's
@@ -138,26 +138,30 @@ def study(seed, state_dim, emission_dim, options):
         began = time.perf_counter()
         rates = np.asarray(fit())
         row[name] = (float(((np.asarray(test_counts) - rates) ** 2).mean()) / floor, time.perf_counter() - began)
+        print(f"  system {seed}: {name} {row[name][0]:.3f} ({row[name][1]:.0f})", flush=True)
     return row
 
 
+def _size(text: str) -> tuple[int, int]:
+    state_dim, emission_dim = text.split("x")
+    return int(state_dim), int(emission_dim)
+
+
 def main() -> None:
-    """Print one line for each system."""
+    """Print one line for each fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=_size, nargs="+", default=SIZES, metavar="DxN", help="states and emissions")
     parser.add_argument("--systems", type=int, default=5, help="of each size")
     parser.add_argument("--sweeps", type=int, default=200, help="updates after the rollout stage")
     parser.add_argument("--no-dynamax", dest="dynamax", action="store_false")
     options = parser.parse_args()
-    for state_dim, emission_dim in SIZES:
+    for state_dim, emission_dim in options.sizes:
         print(
             f"\nD {state_dim}, N {emission_dim}, K {NUM_TRIALS}, T {NUM_TIMESTEPS}: squared error over the true mean's own (s)"
         )
         rows = []
         for seed in range(options.systems):
             rows.append(study(seed, state_dim, emission_dim, options))
-            print(
-                f"  system {seed}: " + ", ".join(f"{n} {r:.3f} ({s:.0f})" for n, (r, s) in rows[-1].items()), flush=True
-            )
         print("  worst:    " + ", ".join(f"{n} {max(row[n][0] for row in rows):.3f}" for n in rows[0]), flush=True)
 
 

@@ -97,7 +97,7 @@ def test_paths_are_those_of_a_loop():
 def test_the_path_found_is_the_most_probable_one():
     result = issm.posterior(CURVED, COUNTS, INPUTS, interventions=PLAN)
     assert bool(result.converged)
-    slope = jax.grad(lambda x: issm.log_joint(CURVED, x, COUNTS, INPUTS, interventions=PLAN))(result.smoothed_means)
+    slope = jax.grad(lambda x: issm.log_joint(CURVED, x, COUNTS, INPUTS, interventions=PLAN))(result.modes)
     np.testing.assert_allclose(np.where(PLAN.mask, 0.0, slope), 0.0, atol=1e-4)
     np.testing.assert_array_equal(result.smoothed_means[3:6, 0], 0.8)
 

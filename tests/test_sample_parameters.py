@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 import issm
+from issm._constraints import constrain, log_volume
 from issm.fitting.chains import effective_sample_size, split_r_hat
 from issm.fitting.gibbs import sweep
 from issm.fitting.m_step import make_rules
@@ -185,10 +186,123 @@ def test_what_has_no_posterior_is_refused_or_named():
     key = jax.random.key(0)
     with pytest.raises(ValueError, match=r"trainable.initial.cov: got True, but too few steps"):
         issm.sample_parameters(key, TRUTH, emissions)
-    with pytest.raises(ValueError, match=r"priors.input_l1: got a sparsity prior"):
-        issm.sample_parameters(key, TRUTH, emissions, priors=issm.Priors(input_l1=1.0))
+    gibbs = {"trainable": WEIGHT_AND_NOISE, "method": "gibbs"}
+    with pytest.raises(ValueError, match=r'priors.input_l1: got a sparsity prior.*Use `method="nuts"`'):
+        issm.sample_parameters(key, TRUTH, emissions, priors=issm.Priors(input_l1=1.0), **gibbs)
+    with pytest.raises(ValueError, match=r'priors: got a function.*Use `method="nuts"`'):
+        issm.sample_parameters(key, TRUTH, emissions, priors=lambda params: 0.0, **gibbs)
+    with pytest.raises(ValueError, match=r"method: got 'hmc'; expected one of"):
+        issm.sample_parameters(key, TRUTH, emissions, method="hmc")
+    with pytest.raises(ValueError, match=r"num_warmup: got 19; expected at least 20 for NUTS"):
+        issm.sample_parameters(key, TRUTH, emissions, trainable=WEIGHT_AND_NOISE, method="nuts", num_warmup=19)
+    still = eqx.tree_at(lambda p: p.dynamics.cov, TRUTH, jnp.zeros(1))
+    with pytest.raises(ValueError, match=r"params.dynamics.cov: got a smallest entry of 0"):
+        issm.sample_parameters(key, still, emissions, trainable=WEIGHT_AND_NOISE, method="nuts")
     with pytest.raises(ValueError, match="num_samples: got 3"):
         issm.sample_parameters(key, TRUTH, emissions, num_samples=3)
     varying = eqx.tree_at(lambda p: p.dynamics.bias, TRUTH, issm.TimeVarying(np.zeros((20, 1))))
-    with pytest.raises(ValueError, match=r"params.dynamics.bias: got a TimeVarying"):
-        issm.sample_parameters(key, varying, emissions)
+    with pytest.raises(ValueError, match=r'params.dynamics.bias: got a TimeVarying.*Use `method="nuts"`'):
+        issm.sample_parameters(key, varying, emissions, method="gibbs")
+
+
+def log_normal(params):
+    """A prior of one's own: the logarithm of the process noise is normal, and its density taken over the noise itself."""
+    log_variance = jnp.log(params.dynamics.cov[0])
+    return -((log_variance - jnp.log(0.5)) ** 2) / 2 - log_variance
+
+
+def test_nuts_under_a_prior_of_ones_own_is_what_a_grid_says():
+    """A variance, whose coordinate is its logarithm, beside a bias that varies in time, with a clamp and a missing entry."""
+    bias = issm.TimeVarying(np.linspace(-0.5, 0.5, 15)[:, None])
+    truth = eqx.tree_at(lambda p: (p.dynamics.bias, p.emissions.cov), TRUTH, (bias, jnp.array([0.3])))
+    plan = issm.do({0: 2.0}, num_timesteps=15, state_dim=1, start=5, stop=8)
+    _, emissions = issm.lgssm_sample(jax.random.key(3), truth, 15, interventions=plan)
+    emissions = emissions.at[3].set(jnp.nan)
+    only = eqx.tree_at(lambda p: p.dynamics.cov, jax.tree.map(lambda _: False, truth), True)
+    samples = issm.sample_parameters(
+        jax.random.key(4), truth, emissions, interventions=plan, trainable=only, priors=log_normal, num_samples=600,
+        num_warmup=200, num_chains=3,
+    )  # fmt: skip
+    assert samples.method == "nuts"
+    grid = jnp.exp(jnp.linspace(-8.0, 6.0, 4000))
+    at = lambda variance: eqx.tree_at(lambda p: p.dynamics.cov, truth, variance[None])  # noqa: E731
+    density = lambda v: issm.marginal_log_prob(at(v), emissions, interventions=plan) + log_normal(at(v))  # noqa: E731
+    values = np.asarray(jax.jit(jax.vmap(density))(grid))
+    weights = np.exp(values - values.max()) * np.asarray(grid)  # the grid is even in the logarithm
+    cumulative = np.cumsum(weights) / weights.sum()
+    size = float(samples.effective_sample_size.dynamics.cov[0])
+    assert size > 300
+    for probability in (0.05, 0.25, 0.5, 0.75, 0.95):
+        end = float(np.quantile(samples.draws.dynamics.cov, probability))
+        found = np.interp(end, grid, cumulative)
+        assert found == pytest.approx(probability, abs=4.5 * np.sqrt(probability * (1 - probability) / size))
+    np.testing.assert_array_equal(samples.sd.dynamics.bias.values, 0.0)
+
+
+def test_nuts_and_gibbs_sampling_agree():
+    """Two states with a full noise covariance, clamps, missing entries, priors on both, and an entry that is known."""
+    truth = issm.make_lgssm_params(
+        [0.0, 0.0], [1.0, 1.0], [[0.7, 0.3], [0.0, 0.6]], [[0.3, 0.1], [0.1, 0.2]], np.eye(2), [0.1, 0.1]
+    )
+    mask = np.zeros((4, 12, 2), bool)
+    mask[0, 3:6, 0] = mask[1, 5:9, 1] = mask[2, 2:4] = True
+    plan = issm.Intervention(mask, np.where(mask, 1.5, 0.0))
+    _, emissions = issm.lgssm_sample(jax.random.key(5), truth, 12, interventions=plan)
+    emissions = emissions.at[3, 4, 0].set(jnp.nan)
+    free = lambda p: (p.dynamics.weights, p.dynamics.cov)  # noqa: E731
+    only = eqx.tree_at(free, jax.tree.map(lambda _: False, truth), (np.array([[True, True], [False, True]]), True))
+    priors = issm.Priors(dynamics=issm.RegressionPrior(0.3, 2.0, 6.0, 1.0))
+    options = dict(interventions=plan, trainable=only, priors=priors, num_warmup=200, num_chains=3)
+    gibbs = issm.sample_parameters(jax.random.key(6), truth, emissions, num_samples=1500, **options)
+    nuts = issm.sample_parameters(jax.random.key(7), truth, emissions, num_samples=500, method="nuts", **options)
+    assert (gibbs.method, nuts.method) == ("gibbs", "nuts")
+    assert nuts.reason.startswith("the chains agree: R-hat at most 1.0")
+    for leaf in ("weights", "cov"):
+        of = lambda samples, name, leaf=leaf: np.asarray(getattr(getattr(samples, name).dynamics, leaf))  # noqa: E731
+        sizes = [np.minimum(of(each, "effective_sample_size"), 1500) for each in (gibbs, nuts)]
+        error = of(gibbs, "sd") * np.sqrt(1 / sizes[0] + 1 / sizes[1])
+        assert (np.abs(of(nuts, "mean") - of(gibbs, "mean")) <= 4.5 * error).all()
+        moved = of(gibbs, "sd") > 0
+        assert moved.sum() == (3 if leaf == "weights" else 4)
+        assert (error[moved] < 0.1 * of(gibbs, "sd")[moved]).all()
+        np.testing.assert_allclose(of(nuts, "sd")[moved], of(gibbs, "sd")[moved], rtol=0.2)
+    assert float(nuts.sd.dynamics.weights[1, 0]) == 0.0
+    cov = np.asarray(nuts.draws.dynamics.cov)
+    np.testing.assert_array_equal(cov[:, 0, 1], cov[:, 1, 0])
+    divergent = eqx.tree_at(lambda s: s.num_divergent, nuts, jnp.array(7))
+    assert "7 draws after a divergence" in divergent.reason
+
+
+def test_volume_of_the_coordinates():
+    """Against the determinant of the derivative, over the lower triangle of a matrix."""
+    masks = {"cov": np.ones((3, 3), bool), "weights": np.ones((2, 2), bool)}
+    rows, columns = np.tril_indices(3)
+    point = jnp.asarray(np.random.default_rng(0).normal(size=6))
+    tree = lambda z: constrain({"cov": jnp.zeros((3, 3)).at[rows, columns].set(z), "weights": jnp.ones((2, 2))})  # noqa: E731
+    jacobian = jax.jacobian(lambda z: tree(z)["cov"][rows, columns])(point)
+    np.testing.assert_allclose(log_volume(tree(point), masks), np.linalg.slogdet(jacobian)[1], rtol=1e-12)
+    variances = {"cov": jnp.array([0.5, 0.0, 2.0])}
+    np.testing.assert_allclose(log_volume(variances, {"cov": np.array([True, False, True])}), 0.0, atol=1e-12)
+    assert float(log_volume(variances, {"cov": np.array([True, False, False])})) == pytest.approx(np.log(0.5))
+
+
+def test_nuts_in_single_precision_under_jit_and_vmap():
+    """A sparsity prior, which is not conjugate, shrinks the weight of an input: the larger, the closer to zero."""
+    params = issm.make_lgssm_params([0.0], [1.0], [[0.5]], [0.2], [[1.0]], [0.2], dynamics_input_weights=[[0.5]])
+    single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    inputs = np.sin(np.arange(10.0))[:, None].astype(np.float32)
+    _, emissions = issm.lgssm_sample(jax.random.key(8), single, 10, inputs)
+    only = eqx.tree_at(lambda p: p.dynamics.input_weights, jax.tree.map(lambda _: False, single), True)
+
+    @jax.jit
+    @jax.vmap
+    def mean(weight):
+        priors = issm.Priors(input_l1=weight)
+        options = dict(trainable=only, priors=priors, num_samples=100, num_warmup=40, num_chains=2)
+        samples = issm.sample_parameters(jax.random.key(9), single, emissions, inputs, **options)
+        return samples.mean.dynamics.input_weights[0, 0], samples.num_divergent
+
+    found, num_divergent = mean(jnp.array([0.0, 300.0], jnp.float32))
+    assert found.dtype == jnp.float32
+    assert num_divergent.shape == (2,)
+    assert abs(float(found[1])) < 0.02 < 0.1 < float(found[0])

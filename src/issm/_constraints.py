@@ -28,6 +28,29 @@ def constrain(tree: Any) -> Any:
     return _map_by_name(tree, matrix=_to_matrix, positive=jnp.exp)
 
 
+def log_volume(tree: Any, masks: Any) -> Float[Array, ""]:
+    r"""$\log |\partial θ / \partial z|$ of parameters θ in their coordinates z, over the entries that the masks choose.
+
+    $\sum \log v$ of variances v; $\sum_i (n + 1 - i) \log L_{ii} + n \log 2$, i from 0, of a matrix $L L^\top$ of n rows.
+
+    References:
+        Gelman et al. (2013), appendix A (the density of a transform).
+    """
+
+    def of(path: Any, leaf: Array, mask: Any) -> Array:
+        kind = _kind(path, leaf)
+        if kind == "free":
+            return jnp.zeros((), leaf.dtype)
+        if kind == "positive":
+            return jnp.log(jnp.where(mask, leaf, 1.0)).sum()
+        rows = leaf.shape[0]
+        diagonal = jnp.diagonal(jnp.linalg.cholesky(jnp.where(mask, leaf, jnp.eye(rows, dtype=leaf.dtype))))
+        powers = jnp.arange(rows + 1, 1, -1).astype(leaf.dtype)
+        return jnp.where(mask.all(), powers @ jnp.log(diagonal) + rows * jnp.log(2.0).astype(leaf.dtype), 0.0)
+
+    return jnp.stack(jax.tree.leaves(jax.tree_util.tree_map_with_path(of, tree, masks))).sum()
+
+
 def whole_matrices(masks: Any, argument: str) -> Any:
     """Refuse a mask that is true for a part of a matrix only: its coordinates cannot be told apart by its entries."""
 

@@ -8,7 +8,7 @@ from issm._linalg import psd_cholesky, safe_sqrt
 from issm._types import PRNGKey
 from issm.causal.draws import GAUSS_NEWTON_STEPS, draw_deviations
 from issm.causal.history import Scenario
-from issm.inference.laplace import approximation, expand, make_problem
+from issm.inference.laplace import approximation, expand, make_problem, toward_mean
 from issm.interventions import Intervention
 from issm.models.lgssm import as_matrix, values_of
 from issm.models.nonlinear import Noise, NonlinearDynamics, draw_noise, follow
@@ -69,9 +69,10 @@ def draw_curved_twins(
 
 
 def _draw_states(key: PRNGKey, model: SSM, emissions: Array, plan: Plan, num_draws: int) -> Paths:
-    """Draws from the Gaussian around the most probable path."""
+    """Draws from Laplace's approximation."""
     problem = make_problem(model, emissions, plan.inputs, plan.intervention)
-    problem, _, path, (pull, precision) = expand(problem, GAUSS_NEWTON_STEPS)
+    problem, _, path, potential = expand(problem, GAUSS_NEWTON_STEPS)
+    pull, precision = toward_mean(problem, path, potential)
     into = problem.into
     before = jnp.concatenate([jnp.zeros_like(path[:1]), path[:-1]])
     shift = jnp.einsum("tij,tj->ti", into.weights, before) + into.shift - path

@@ -22,7 +22,7 @@ from issm.causal.draws import (
 from issm.causal.history import Scenario
 from issm.causal.model_draws import as_model_draws, over_models
 from issm.causal.twin import twin_transitions
-from issm.inference.laplace import expand, make_problem
+from issm.inference.laplace import expand, make_problem, toward_mean
 from issm.interventions import Intervention
 from issm.models.couplings import couple
 from issm.models.nonlinear import NonlinearDynamics
@@ -144,11 +144,12 @@ def _draw_twins(
 ) -> tuple[Array, Array]:
     r"""Paths of both worlds given the data: the twin network smoothed through the potentials of Laplace's approximation.
 
-    They are drawn as $[x - \hat x; \delta]$ around the most probable path $\hat x$.
+    They are drawn as $[x - \hat x; \delta]$ around the most probable path $\hat x$, with the mean of the posterior.
     """
     params = companion(model)
     problem = make_problem(model, emissions, plan.inputs, plan.intervention)
-    _, _, path, (pull, precision) = expand(problem, GAUSS_NEWTON_STEPS)
+    problem, _, path, potential = expand(problem, GAUSS_NEWTON_STEPS)
+    pull, precision = toward_mean(problem, path, potential)
     state_dim = path.shape[-1]
     twins = twin_transitions(params, plan.inputs, plan.intervention, other)
     around = jnp.concatenate([path, jnp.zeros_like(path)], axis=1)

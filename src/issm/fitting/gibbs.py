@@ -15,8 +15,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from issm._check import fail
 from issm._linalg import psd_cholesky
 from issm._types import PRNGKey
 from issm.fitting.m_step import BLOCKS, BlockRules, Rules, coefficients_of, with_coefficients
@@ -87,6 +89,33 @@ def degrees_of_freedom(prior: ResolvedPrior | None, count: Any, dim: int, *, dia
     """Of the conditional of a variance (twice the shape of its inverse gamma), or of a covariance (inverse Wishart)."""
     power = 0.0 if prior is None else prior.power(diagonal)
     return count + power - (2.0 if diagonal else dim + 1.0)
+
+
+def check_proper(params: ParamsLGSSM, trials: Trials, rules: Rules) -> None:
+    """Refuse a covariance that is seen too rarely for its posterior to be one."""
+    zeros = jnp.zeros((trials.num_trials, trials.emissions.shape[1], params.state_dim), params.initial.mean.dtype)
+    for name, regression in zip(BLOCKS, regressions(zeros, trials), strict=True):
+        cov, rule = getattr(params, name).cov, getattr(rules, name)
+        if not np.asarray(rule.cov).any():
+            continue
+        least = _spare_degrees(cov, regression, rule)
+        if not least > 0:
+            fail(
+                f"trainable.{name}.cov",
+                got="True, but too few steps tell about it",
+                expected="a posterior that is proper",
+                remedy=f"Give it a prior, `Priors({name}=RegressionPrior(degrees=..., scale=...))`, or freeze it.",
+            )
+
+
+def _spare_degrees(cov: Float[Array, "..."], regression: Regression, rule: Any) -> float:
+    """How far the least-seen variance is above the degrees of freedom below which it has no posterior."""
+    seen, dim = np.asarray(regression.seen), cov.shape[0]
+    count = lambda flags: jnp.asarray(flags.sum(axis=0), cov.dtype)  # noqa: E731
+    if cov.ndim == 1:
+        degrees = np.asarray(degrees_of_freedom(rule.prior, count(seen), dim, diagonal=True))
+        return float(np.min(degrees[np.asarray(rule.cov)]))
+    return float(degrees_of_freedom(rule.prior, count(seen.any(axis=1)), dim, diagonal=False)) - (dim - 1)
 
 
 def _draw_rows(

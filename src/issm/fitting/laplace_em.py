@@ -218,7 +218,7 @@ def expectations(model: SSM, trials: Trials, paths: Array) -> tuple[Expectations
         problem = problem.around(mode.states)
         result = approximation(problem, mode, mode.states, potentials(problem, mode.states))
         moments = Expectations(
-            result.smoothed_means,
+            result.modes,
             result.smoothed_covariances,
             result.smoothed_cross_covariances,
             result.marginal_loglik,

@@ -1,28 +1,37 @@
 """Posterior draws of the parameters, by several Markov chains side by side."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from issm._check import check_key, fail, is_concrete
+from issm._constraints import check_interior, log_volume, whole_matrices
+from issm._trees import trainable_masks
 from issm._types import PRNGKey
 from issm.fitting.chains import effective_sample_size, split_r_hat
-from issm.fitting.gibbs import Regression, degrees_of_freedom, regressions, sweep
+from issm.fitting.gibbs import check_proper, sweep
 from issm.fitting.intervals import check_level, means, quantiles, standard_deviations
-from issm.fitting.m_step import BLOCKS, Rules, make_rules
+from issm.fitting.m_step import BLOCKS, Rules, log_prior, make_rules
+from issm.fitting.nuts import LEAST_WARMUP, Sizes, sample_nuts
 from issm.fitting.priors import Priors
 from issm.fitting.result import FIELDS
+from issm.inference.information import along_coordinates, free_directions
+from issm.inference.likelihood import log_likelihoods
 from issm.inference.methods import choose_method
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM, TimeVarying
 from issm.models.trials import Trials, as_trials
 
 LARGEST_R_HAT = 1.05
+METHODS = ("auto", "gibbs", "nuts")
+
+LogPrior = Callable[[ParamsLGSSM], Any]
 
 
 class ParameterSamples(eqx.Module):
@@ -36,10 +45,12 @@ class ParameterSamples(eqx.Module):
         r_hat: Split $\hat R$ of every entry: how much wider the draws of all chains are than those of one. Near one if the
             chains have mixed; one for what is fixed.
         effective_sample_size: Number of independent draws that would tell as much about the mean of an entry.
+        num_divergent: Number of draws at the end of a path along which NUTS lost the energy; zero for Gibbs sampling.
         num_chains: Number of chains.
+        method: "gibbs" or "nuts".
 
     References:
-        Gelman et al. (2013), *Bayesian Data Analysis*, 3rd ed., sec. 11.4 and 11.5.
+        Gelman et al. (2013), *Bayesian Data Analysis*, 3rd ed., sec. 11.4 and 11.5; Betancourt (2017), on divergences.
 
     Examples:
         >>> import equinox as eqx, jax, numpy as np, issm
@@ -57,11 +68,13 @@ class ParameterSamples(eqx.Module):
     sd: ParamsLGSSM
     r_hat: ParamsLGSSM
     effective_sample_size: ParamsLGSSM
+    num_divergent: Int[Array, ""]
     num_chains: int = eqx.field(static=True)
+    method: str = eqx.field(static=True)
 
     @property
     def reason(self) -> str:
-        """Whether the chains have mixed, in words."""
+        """Whether the chains have mixed, and whether NUTS diverged, in words."""
         r_hats, sizes = jax.tree.leaves(self.r_hat), jax.tree.leaves(self.effective_sample_size)
         if not all(is_concrete(leaf) for leaf in r_hats):
             return "not known while JAX traces"
@@ -71,6 +84,10 @@ class ParameterSamples(eqx.Module):
             return f"not finite: {named}; the data and the priors leave a direction without a proper posterior"
         smallest = min(np.min(leaf, initial=np.inf) for leaf in sizes)
         worst = f"R-hat at most {largest.max():.3f}, {smallest:.0f} effective draws or more"
+        if self.num_divergent:
+            worst += (
+                f"; {int(self.num_divergent)} draws after a divergence: where the posterior narrows, too few may lie"
+            )
         if largest.max() < LARGEST_R_HAT:
             return f"the chains agree: {worst}"
         named = ", ".join(FIELDS[i] for i in np.flatnonzero(largest >= LARGEST_R_HAT))
@@ -99,7 +116,8 @@ def sample_parameters(
     *,
     interventions: Intervention | None = None,
     trainable: Any = None,
-    priors: Priors | None = None,
+    priors: Priors | LogPrior | None = None,
+    method: str = "auto",
     num_samples: int = 500,
     num_warmup: int = 200,
     num_chains: int = 4,
@@ -107,23 +125,31 @@ def sample_parameters(
 ) -> ParameterSamples:
     r"""Draw from $p(θ \mid y, do(\cdot), u) \propto p(y \mid do(\cdot), u, θ)\, p(θ)$.
 
-    By Gibbs sampling: the states are drawn given the parameters, and the parameters, which are conjugate under `priors`, given
+    Gibbs sampling draws the states given the parameters, and the parameters, which are conjugate under `Priors`, given
     the states. It is exact, has no step size, and rejects no draw. A row of the dynamics learns only from arrivals in which its
-    state was not clamped, a row of the emissions from what was observed. What has no prior has a flat one, in the entries
-    themselves.
+    state was not clamped, a row of the emissions from what was observed.
+
+    NUTS needs no conjugacy: it follows the gradient of the marginal likelihood, which is one smoother, in coordinates z without
+    constraints (variances by their logarithm, full covariances by their Cholesky factor), with $\log |\partial θ / \partial z|$ added.
+    Its draws have no derivative.
+
+    Both draw from the same posterior. What has no prior has a flat one, in the entries themselves.
 
     Args:
         key: JAX random key.
-        params: Where every chain starts, a fit for instance; what is not trainable stays. No field may be `TimeVarying`.
+        params: Where every chain starts, a fit for instance; what is not trainable stays. `TimeVarying` fields are for NUTS,
+            which keeps them.
         emissions: $y_t$, `(num_timesteps, emission_dim)` or `(num_trials, num_timesteps, emission_dim)`; NaN is missing.
         inputs: Soft inputs $u_t$, `(num_timesteps, input_dim)`, shared or one such array for each trial.
         interventions: Clamps, shared or one for each trial. None: no clamps.
         trainable: What is unknown, as for `fit_em`. Freeze what neither data nor priors hold: where the basis of the states is
             free, chains wander along it.
-        priors: Priors, as for `fit_em`, without `input_l1`, which is not conjugate.
+        priors: Priors, as for `fit_em`; or a function of the parameters that gives the log density of a prior of your own, up to
+            a constant, defined once or a pytree with a `__call__`. Such a function and `input_l1` are not conjugate.
+        method: "gibbs", "nuts", or "auto": Gibbs sampling where it is exact, else NUTS.
         num_samples: Draws kept from each chain, at least 4.
-        num_warmup: Draws of each chain thrown away before.
-        num_chains: Number of chains, all in one `jax.vmap`.
+        num_warmup: Draws of each chain thrown away before, at least 20 for NUTS, which adapts its step size and scales in them.
+        num_chains: Number of chains, all side by side.
         thin: Keep one draw of so many.
 
     Returns:
@@ -134,7 +160,7 @@ def sample_parameters(
 
     References:
         Gelman et al. (2013), *Bayesian Data Analysis*, 3rd ed., sec. 11.1 and 14.2; Carter & Kohn (1994), *Biometrika* 81;
-        Durbin & Koopman (2002), *Biometrika* 89, for the states.
+        Durbin & Koopman (2002), *Biometrika* 89, for the states; Hoffman & Gelman (2014), for NUTS.
 
     Examples:
         >>> import equinox as eqx, jax, issm
@@ -157,38 +183,58 @@ def sample_parameters(
     ):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             fail(name, got=repr(value), expected=f"an integer of at least {least}", remedy="Give a count.")
-    trials = as_trials(params, emissions, inputs, interventions)
-    rules = make_rules(params, trainable, priors)
-    method = choose_method("auto", params, trials)
-    sizes = Sizes(num_samples, num_warmup, num_chains, thin)
-    if rules.input_l1 is not None:
+    if method not in METHODS:
         fail(
-            "priors.input_l1",
-            got="a sparsity prior",
-            expected="None: it is not conjugate",
-            remedy="Use a `RegressionPrior` on the dynamics.",
+            "method",
+            got=repr(method),
+            expected=f"one of {METHODS}",
+            remedy='"auto" is Gibbs sampling where it is exact.',
         )
-    _check_fields(params)
-    if all(is_concrete(leaf) for leaf in jax.tree.leaves((params, trials, rules))):
-        _check_proper(params, trials, rules)
-    return _sample_gibbs(key, params, trials, rules, sizes, method)
+    trials = as_trials(params, emissions, inputs, interventions)
+    own = callable(priors) and not isinstance(priors, Priors)
+    rules = make_rules(params, trainable, None if own else priors)
+    obstacle = _obstacle(params, rules, own)
+    if method == "gibbs" and obstacle is not None:
+        name, got, expected = obstacle
+        fail(name, got=got, expected=expected, remedy='Use `method="nuts"`.')
+    if not own and all(is_concrete(leaf) for leaf in jax.tree.leaves((params, trials, rules))):
+        check_proper(params, trials, rules)
+    sizes, smoother = Sizes(num_samples, num_warmup, num_chains, thin), choose_method("auto", params, trials)
+    if method == "gibbs" or (method == "auto" and obstacle is None):
+        return _sample_gibbs(key, params, trials, rules, sizes, smoother)
+    if num_warmup < LEAST_WARMUP:
+        fail(
+            "num_warmup",
+            got=repr(num_warmup),
+            expected=f"at least {LEAST_WARMUP} for NUTS",
+            remedy="It adapts its step size in them: give some hundred.",
+        )
+    masks = whole_matrices(trainable_masks(params, trainable, fixed=TimeVarying), "trainable")
+    check_interior(params, masks, "params")
+    directions = free_directions(params, trainable)
+    prior = rules if priors is None or isinstance(priors, Priors) else priors
+    return _sample_nuts(key, params, trials, prior, directions, masks, sizes, smoother)
 
 
-class Sizes(NamedTuple):
-    """Numbers that a compiled run depends on."""
+def _obstacle(params: ParamsLGSSM, rules: Rules, own: bool) -> tuple[str, str, str] | None:
+    """The first argument that Gibbs sampling has no conditional distribution for: its name, what came, what was expected."""
+    if own:
+        return "priors", "a function", "a Priors or None: no other is conjugate"
+    if rules.input_l1 is not None:
+        return "priors.input_l1", "a sparsity prior", "None: it is not conjugate"
+    for block in BLOCKS:
+        for name, field in vars(getattr(params, block)).items():
+            if isinstance(field, TimeVarying):
+                return f"params.{block}.{name}", "a TimeVarying", "a constant field"
+    return None
 
-    num_samples: int
-    num_warmup: int
-    num_chains: int
-    thin: int
 
-
-@jax.jit(static_argnames=("sizes", "method"))
+@jax.jit(static_argnames=("sizes", "smoother"))
 def _sample_gibbs(
-    key: PRNGKey, params: ParamsLGSSM, trials: Trials, rules: Rules, sizes: Sizes, method: str
+    key: PRNGKey, params: ParamsLGSSM, trials: Trials, rules: Rules, sizes: Sizes, smoother: str
 ) -> ParameterSamples:
     def sweeps(params: ParamsLGSSM, key: PRNGKey, count: int) -> ParamsLGSSM:
-        one = lambda params, key: (sweep(key, params, trials, rules, method), None)  # noqa: E731
+        one = lambda params, key: (sweep(key, params, trials, rules, smoother), None)  # noqa: E731
         return lax.scan(one, params, jax.random.split(key, count))[0]
 
     def chain(key: PRNGKey) -> ParamsLGSSM:
@@ -200,10 +246,27 @@ def _sample_gibbs(
         start = sweeps(params, warmup_key, sizes.num_warmup)
         return lax.scan(keep, start, jax.random.split(sample_key, sizes.num_samples))[1]
 
-    return _summarise(jax.vmap(chain)(jax.random.split(key, sizes.num_chains)))
+    chains = jax.vmap(chain)(jax.random.split(key, sizes.num_chains))
+    return _summarise(chains, jnp.zeros((), jnp.int32), "gibbs")
 
 
-def _summarise(chains: ParamsLGSSM) -> ParameterSamples:
+@eqx.filter_jit
+def _sample_nuts(
+    key: PRNGKey, params: ParamsLGSSM, trials: Trials, prior: Rules | LogPrior, directions: Array, masks: Any,
+    sizes: Sizes, smoother: str,
+) -> ParameterSamples:  # fmt: skip
+    at = along_coordinates(params, directions)
+
+    def log_density(step: Float[Array, " num_free"]) -> Float[Array, ""]:
+        moved = at(step)
+        known = log_prior(moved, prior) if isinstance(prior, Rules) else prior(moved)
+        return log_likelihoods(moved, trials, smoother).sum() + known + log_volume(moved, masks)
+
+    steps, num_divergent = sample_nuts(key, log_density, jnp.zeros(directions.shape[1], directions.dtype), sizes)
+    return _summarise(jax.vmap(jax.vmap(at))(steps), num_divergent, "nuts")
+
+
+def _summarise(chains: ParamsLGSSM, num_divergent: Int[Array, ""], method: str) -> ParameterSamples:
     draws = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), chains)
     return ParameterSamples(
         draws=draws,
@@ -211,44 +274,7 @@ def _summarise(chains: ParamsLGSSM) -> ParameterSamples:
         sd=standard_deviations(draws),
         r_hat=jax.tree.map(split_r_hat, chains),
         effective_sample_size=jax.tree.map(effective_sample_size, chains),
+        num_divergent=num_divergent,
         num_chains=jax.tree.leaves(chains)[0].shape[0],
+        method=method,
     )
-
-
-def _check_fields(params: ParamsLGSSM) -> None:
-    for block in BLOCKS:
-        for name, field in vars(getattr(params, block)).items():
-            if isinstance(field, TimeVarying):
-                fail(
-                    f"params.{block}.{name}",
-                    got="a TimeVarying",
-                    expected="a constant field",
-                    remedy="Use `parameter_covariance` or `bootstrap`, which keep such fields as they are.",
-                )
-
-
-def _check_proper(params: ParamsLGSSM, trials: Trials, rules: Rules) -> None:
-    """Refuse a covariance that is seen too rarely for its posterior to be one."""
-    zeros = jnp.zeros((trials.num_trials, trials.emissions.shape[1], params.state_dim), params.initial.mean.dtype)
-    for name, regression in zip(BLOCKS, regressions(zeros, trials), strict=True):
-        cov, rule = getattr(params, name).cov, getattr(rules, name)
-        if not np.asarray(rule.cov).any():
-            continue
-        least = _spare_degrees(cov, regression, rule)
-        if not least > 0:
-            fail(
-                f"trainable.{name}.cov",
-                got="True, but too few steps tell about it",
-                expected="a posterior that is proper",
-                remedy=f"Give it a prior, `Priors({name}=RegressionPrior(degrees=..., scale=...))`, or freeze it.",
-            )
-
-
-def _spare_degrees(cov: Float[Array, "..."], regression: Regression, rule: Any) -> float:
-    """How far the least-seen variance is above the degrees of freedom below which it has no posterior."""
-    seen, dim = np.asarray(regression.seen), cov.shape[0]
-    count = lambda flags: jnp.asarray(flags.sum(axis=0), cov.dtype)  # noqa: E731
-    if cov.ndim == 1:
-        degrees = np.asarray(degrees_of_freedom(rule.prior, count(seen), dim, diagonal=True))
-        return float(np.min(degrees[np.asarray(rule.cov)]))
-    return float(degrees_of_freedom(rule.prior, count(seen.any(axis=1)), dim, diagonal=False)) - (dim - 1)

@@ -23,11 +23,17 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import fail, is_concrete
-from issm._constraints import check_interior, constrain, unconstrain
+from issm._constraints import check_interior
 from issm._linalg import safe_sqrt, symmetrize
-from issm._trees import apply_mask, trainable_masks
+from issm._trees import trainable_masks
 from issm.fitting.result import FIELDS
-from issm.inference.information import DERIVATIVES_AT_ONCE, along, free_directions, observed_information
+from issm.inference.information import (
+    DERIVATIVES_AT_ONCE,
+    along,
+    along_coordinates,
+    free_directions,
+    observed_information,
+)
 from issm.inference.likelihood import log_likelihoods
 from issm.inference.methods import choose_method, filter_and_smooth
 from issm.interventions import Intervention
@@ -172,7 +178,7 @@ def _parameter_covariance(
     params: ParamsLGSSM, trials: Trials, directions: Array, method: str, scale: str
 ) -> ParameterCovariance:
     flat, unravel = ravel_pytree(params)
-    at = along(params, directions) if scale == "natural" else _along_coordinates(params, directions)
+    at = along(params, directions) if scale == "natural" else along_coordinates(params, directions)
     log_prob = lambda step: log_likelihoods(at(step), trials, method).sum()  # noqa: E731
     score = jax.grad(log_prob)(jnp.zeros(directions.shape[1], flat.dtype))
     observed = observed_information(params, trials, directions, method, at=at)
@@ -222,15 +228,6 @@ def _identified(observed: Array, expected: Array) -> tuple[Array, Array, Array, 
     not_maximal = left_out > LARGEST_PART["not_maximal"] * (basis**2).sum(axis=1)
     counts = ((~seen).sum(dtype=jnp.int32), (~curved).sum(dtype=jnp.int32))
     return jnp.where(curved[None], basis, 0.0), unidentified, not_maximal, counts
-
-
-def _along_coordinates(params: ParamsLGSSM, directions: Array) -> Callable[[Array], ParamsLGSSM]:
-    """The parameters some steps away in coordinates without constraints; what is fixed keeps every bit."""
-    coordinates, unravel = ravel_pytree(unconstrain(params))
-    moves = (directions != 0).any(axis=1)
-    masks = jax.tree.map(lambda leaf: leaf > 0, unravel(moves.astype(directions.dtype)))
-    start = jnp.where(moves, coordinates, 0.0)  # those of a singular covariance that is fixed are not finite
-    return lambda step: apply_mask(masks, constrain(unravel(start + directions @ step)), params)
 
 
 def _predictive_information(

@@ -21,7 +21,7 @@ def posterior(
     method: str | Recognition = "laplace",
     num_iters: int = 100,
 ) -> PosteriorSSM:
-    r"""Smoothing under clamps with any emissions: the Gaussian around the most probable path.
+    r"""Smoothing under clamps with any emissions: Laplace's approximation, or what a recognition network says.
 
     $$\hat x = \arg\max_x \log p(x, y \mid do(\cdot), u), \quad p(x \mid y) \approx N(\hat x, H^{-1}), \quad
     \log p(y) \approx \log p(\hat x, y) - \tfrac12 \log |H / 2\pi|, \quad H = -\nabla_x^2 \log p(\hat x, y)$$
@@ -29,7 +29,15 @@ def posterior(
     The path is found by Gauss-Newton steps with a line search: each is one pass of filter and smoother over the potentials
     $J_t = G_t^\top W_t G_t$ of the emissions, with $G_t$ the derivative of their predictor and $W_t$ their expected
     information, so that its cost grows linearly in the number of steps. H then has the observed information of every step
-    where that is positive semidefinite, and the expected one elsewhere. For a linear Gaussian model the result is exact. The
+    where that is positive semidefinite, and the expected one elsewhere. One more pass moves the means from the mode towards
+    $E[x_t \mid y]$ by the next term of the expansion, the third derivatives of the emissions,
+
+    $$E[x_i \mid y] \approx \hat x_i + \tfrac12 \sum_{jkl} H^{-1}_{ij} H^{-1}_{kl}
+    \frac{\partial^3 \log p(y \mid \hat x)}{\partial x_j \partial x_k \partial x_l}.$$
+
+    How far `smoothed_means` are from `modes`, in standard deviations, tells how skewed the posterior is: up to about a half the
+    expansion is good, and no step moves itself by more than $\sqrt 3$, beyond which no mean of a unimodal density lies. The
+    curvature of nonlinear dynamics is left out of the expansion. For a linear Gaussian model the result is exact. The
     derivatives of the result are those of the implicit function theorem.
 
     Args:
@@ -41,13 +49,14 @@ def posterior(
         num_iters: Largest number of Gauss-Newton steps, at least 1; a network takes none.
 
     Returns:
-        Means, covariances and an approximate marginal log-likelihood, with the leading axes of `emissions`.
+        Means, modes, covariances and an approximate marginal log-likelihood, with the leading axes of `emissions`.
 
     Raises:
         ValueError: If an argument has the wrong shape, type or values; the message names it.
 
     References:
-        Fahrmeir & Kaufmann (1991), *Metrika* 38; Durbin & Koopman (2012), sec. 10.6; Nejatbakhsh & Wang (2025), for the model.
+        Fahrmeir & Kaufmann (1991), *Metrika* 38; Durbin & Koopman (2012), sec. 10.6; Tierney & Kadane (1986), and Rue, Martino
+        & Chopin (2009), for the means; Nejatbakhsh & Wang (2025), for the model.
 
     Examples:
         >>> import numpy as np, issm

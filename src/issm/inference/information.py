@@ -11,8 +11,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from issm._check import fail, is_concrete
+from issm._constraints import constrain, unconstrain
 from issm._linalg import symmetrize
-from issm._trees import trainable_masks
+from issm._trees import apply_mask, trainable_masks
 from issm.inference.likelihood import log_likelihoods
 from issm.models.lgssm import ParamsLGSSM, TimeVarying, is_diagonal
 from issm.models.trials import Trials
@@ -61,6 +62,17 @@ def along(
     """The parameters some steps along the directions away."""
     flat, unravel = ravel_pytree(params)
     return lambda step: unravel(flat + directions @ step)
+
+
+def along_coordinates(
+    params: ParamsLGSSM, directions: Float[Array, "num_parameters num_free"]
+) -> Callable[[Float[Array, " num_free"]], ParamsLGSSM]:
+    """The parameters some steps away in coordinates without constraints; what is fixed keeps every bit."""
+    coordinates, unravel = ravel_pytree(unconstrain(params))
+    moves = (directions != 0).any(axis=1)
+    masks = jax.tree.map(lambda leaf: leaf > 0, unravel(moves.astype(directions.dtype)))
+    start = jnp.where(moves, coordinates, 0.0)  # those of a singular covariance that is fixed are not finite
+    return lambda step: apply_mask(masks, constrain(unravel(start + directions @ step)), params)
 
 
 def observed_information(

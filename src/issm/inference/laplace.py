@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from issm.inference.dense import BackwardPass, FilterPass, run_filter, run_smoother
 from issm.inference.observations import Potential
+from issm.inference.skew import skew_pull
 from issm.interventions import Intervention
 from issm.models.joint import state_log_prob
 from issm.models.nonlinear import NonlinearDynamics, follow, no_noise
@@ -32,14 +33,16 @@ class PosteriorSSM(eqx.Module):
     Attributes:
         marginal_loglik: Approximation to $\log p(y \mid do(\cdot), u)$, `()`: Laplace's, or a lower bound from a recognition
             network.
-        smoothed_means: $E[x_t \mid y]$, for Laplace the most probable path, `(num_timesteps, state_dim)`.
+        smoothed_means: $E[x_t \mid y]$, `(num_timesteps, state_dim)`; for Laplace to the order beyond the mode.
+        modes: The most probable path, `(num_timesteps, state_dim)`; from a network, whose q is Gaussian, the means.
         smoothed_covariances: $Cov[x_t \mid y]$, `(num_timesteps, state_dim, state_dim)`.
         smoothed_cross_covariances: $Cov[x_t, x_{t+1} \mid y]$, `(num_timesteps - 1, state_dim, state_dim)`.
         converged: Whether the last step was a negligible part of a posterior standard deviation.
         num_iters: Number of Gauss-Newton steps.
 
     References:
-        Tierney & Kadane (1986), on Laplace's approximation; Fahrmeir & Kaufmann (1991), on state-space models.
+        Tierney & Kadane (1986), on Laplace's approximation and the next order of means; Fahrmeir & Kaufmann (1991), on
+        state-space models.
 
     Examples:
         >>> import numpy as np, issm
@@ -51,6 +54,7 @@ class PosteriorSSM(eqx.Module):
 
     marginal_loglik: Float[Array, "*trials"]
     smoothed_means: Float[Array, "*trials num_timesteps state_dim"]
+    modes: Float[Array, "*trials num_timesteps state_dim"]
     smoothed_covariances: Float[Array, "*trials num_timesteps state_dim state_dim"]
     smoothed_cross_covariances: Float[Array, "*trials num_timesteps_minus_1 state_dim state_dim"]
     converged: Bool[Array, "*trials"]
@@ -235,8 +239,19 @@ def smooth_around(
     return states + backward.means, forward, backward
 
 
+def toward_mean(
+    problem: Problem, states: Array, potential: tuple[Array, Array], covs: Array | None = None
+) -> tuple[Array, Array]:
+    """The potential under which the smoothed path is the mean and not the mode; `covs` are the smoothed ones, if known."""
+    if covs is None:
+        covs = smooth_around(problem, states, potential)[2].covs
+    pull, precision = potential
+    emission, emissions, inputs = problem.model.emission, problem.emissions, problem.inputs
+    return pull + skew_pull(emission, emissions, inputs, states, covs), precision
+
+
 def approximation(problem: Problem, mode: Mode, states: Array, potential: tuple[Array, Array]) -> PosteriorSSM:
-    r"""The Gaussian around `states`, and the integral of the expanded likelihood over the prior.
+    r"""The Gaussian around `states`, its mean moved by what skews the posterior, and the integral of the expanded likelihood.
 
     $$\sum_t \ell_t + g_t^\top \delta_t - \tfrac12 \delta_t^\top J_t \delta_t - \tfrac12 q_t^\top P_t^- q_t
     - \tfrac12 \log |I + P_t^- J_t|$$
@@ -244,15 +259,17 @@ def approximation(problem: Problem, mode: Mode, states: Array, potential: tuple[
     with $\ell_t$ the log-likelihood at the path, $\delta_t$ the filtered deviation from it and $q_t$ the filter's score.
     """
     emission = problem.model.emission
-    smoothed, forward, backward = smooth_around(problem, states, potential)
+    modes, forward, backward = smooth_around(problem, states, potential)
     pull, precision = potential
+    means, _, _ = smooth_around(problem, states, toward_mean(problem, states, potential, backward.covs))
     log_probs = emission.log_prob(problem.emissions, emission.predictors(states, problem.inputs))
     linear = (pull * forward.means).sum(axis=1)
     quadratic = jnp.einsum("ti,tij,tj->t", forward.means, precision, forward.means)
     cost = jnp.einsum("ti,tij,tj->t", forward.score, forward.predicted_covs, forward.score)
     return PosteriorSSM(
         marginal_loglik=(log_probs + linear - (quadratic + cost + forward.log_det) / 2).sum(),
-        smoothed_means=smoothed,
+        smoothed_means=means,
+        modes=modes,
         smoothed_covariances=backward.covs,
         smoothed_cross_covariances=backward.cross_covs[:-1],
         converged=mode.converged,

@@ -195,7 +195,7 @@ def _recognised(model: SSM, recognition: Recognition, trials: Trials) -> Posteri
         gamma = jnp.ones((), model.initial.mean.dtype)
         bound, chain = bound_of(jax.random.key(0), problem, guess, gamma, 32)
         yes, none = jnp.ones((), bool), jnp.zeros((), jnp.int32)
-        return PosteriorSSM(bound, chain.means, chain.covs, chain.cross_covs, yes, none)
+        return PosteriorSSM(bound, chain.means, chain.means, chain.covs, chain.cross_covs, yes, none)
 
     return jax.vmap(one, in_axes=(0, trials.plan.axes, 0))(trials.emissions, trials.plan, jnp.arange(trials.num_trials))
 
