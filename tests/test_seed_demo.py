@@ -42,7 +42,8 @@ def test_study_runs(study, tmp_path, capsys):
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
-def test_counts(study):
+def test_counts(study, monkeypatch):
+    monkeypatch.setattr(study, "VARIANTS", ("iSSM", "additive SSM"))
     config = config_of("seed_demo_poisson", num_trials=12, num_seeds=1, num_baseline_seeds=1)
     _, _, counts, expected = study.simulate(jax.random.key(0), "DynamicAttractor", config)
     counts, expected = np.asarray(counts), np.asarray(expected)
