@@ -7,6 +7,10 @@ the rates J = (A - I) / dt, and by the noise it finds. The true parameters are j
     python examples/seed_demo.py -c examples/configs/seed_demo.yaml -o results
     python examples/seed_demo.py -c examples/configs/seed_demo_noisy.yaml
     python examples/seed_demo.py -c examples/configs/seed_demo_lifted.yaml
+    python examples/seed_demo.py -c examples/configs/seed_demo_poisson.yaml -o results
+
+Counts are Poisson with rates baseline * exp(gain * y), y being the emissions without noise. Predictions of counts are compared
+with the expected ones.
 """
 
 import argparse
@@ -28,21 +32,28 @@ VARIANTS = ("iSSM", "iSSM, rollout only", "additive SSM", "observational SSM")
 
 
 class TrueMap(eqx.Module):
-    """The emission map of a system, turned into more dimensions by `lift`."""
+    """The emission map of a system, turned into more dimensions by `lift`, or the logarithm of the rates that go with it."""
 
     system: eqx.Module
     lift: jax.Array
+    gain: jax.Array
+    offset: jax.Array
 
     def __call__(self, state):
-        return self.system.emit(state, self.lift)
+        return self.offset + self.gain * self.system.emit(state, self.lift)
 
 
-def true_map(name, config):
-    """An orthogonal lift; the identity for two emissions."""
+def true_emission(name, config):
+    """Noise that is not there is as small as single precision allows; the lift is orthogonal, the identity for two emissions."""
     square = (
         jnp.eye(2) if config["emission_dim"] == 2 else jax.random.normal(jax.random.key(3), (config["emission_dim"], 2))
     )
-    return TrueMap(SYSTEMS[name], jnp.linalg.qr(square)[0].T if config["emission_dim"] > 2 else square)
+    lift = jnp.linalg.qr(square)[0].T if config["emission_dim"] > 2 else square
+    if config["likelihood"] == "poisson":
+        rates = TrueMap(SYSTEMS[name], lift, jnp.asarray(config["gain"]), jnp.log(config["baseline"]))
+        return issm.PoissonEmission(rates, link="exp")
+    variances = jnp.full(config["emission_dim"], config["emission_sd"] ** 2 + 1e-6)
+    return issm.GaussianEmission(TrueMap(SYSTEMS[name], lift, jnp.ones(()), jnp.zeros(())), variances)
 
 
 def simulate(key, name, config):
@@ -57,19 +68,21 @@ def simulate(key, name, config):
         state_key, SYSTEMS[name], config["num_timesteps"], dt=config["dt"], initial_state=[0.0, 0.0],
         noise_scale=config["process_sd"] / np.sqrt(config["dt"]), interventions=plan,
     )  # fmt: skip
-    clean = true_map(name, config)(states)
+    emission = true_emission(name, config)
+    clean = emission.mean(emission.map(states))
+    if config["likelihood"] == "poisson":
+        return plan, states, jax.random.poisson(emission_key, clean).astype(clean.dtype), clean
     return plan, states, clean + config["emission_sd"] * jax.random.normal(emission_key, clean.shape), clean
 
 
 def true_model(name, config):
-    """The system as a model; noise that is not there is as small as single precision allows."""
+    """The system as a model."""
     rates, drift = jax.jacfwd(SYSTEMS[name])(jnp.zeros(2)), SYSTEMS[name](jnp.zeros(2))
     linear = issm.make_lgssm_params(
         jnp.zeros(2), jnp.full(2, 1e-6), jnp.eye(2) + config["dt"] * rates, jnp.full(2, config["process_sd"] ** 2 + 1e-8), jnp.eye(2),
         jnp.ones(2), dynamics_bias=config["dt"] * drift,
     )  # fmt: skip
-    variances = jnp.full(config["emission_dim"], config["emission_sd"] ** 2 + 1e-6)
-    return issm.SSM(linear.initial, linear.dynamics, issm.GaussianEmission(true_map(name, config), variances))
+    return issm.SSM(linear.initial, linear.dynamics, true_emission(name, config))
 
 
 def given_to(variant, plan):
@@ -88,7 +101,7 @@ def fit(variant, plan, emissions, config):
     starts = [
         issm.initialize_ssm(
             key, emissions, 2, widths=tuple(config["widths"]), input_dim=input_dim,
-            process_scale=config["initial_process_sd"],
+            likelihood=config["likelihood"], link="exp", process_scale=config["initial_process_sd"],
         )
         for key in keys
     ]  # fmt: skip
@@ -140,7 +153,9 @@ def one_step(model, plan, emissions, given):
             precision = slope.T @ (information[:, None] * slope)
             pull = slope.T @ score + precision @ (state - mean)
             state = mean + jnp.linalg.solve(eye + cov @ precision, cov @ pull)
-        return (state, jnp.linalg.solve(eye + cov @ precision, cov), False), model.emission.map(mean)
+        return (state, jnp.linalg.solve(eye + cov @ precision, cov), False), model.emission.mean(
+            model.emission.map(mean)
+        )
 
     def trial(*at):
         return jax.lax.scan(step, (jnp.zeros(2), jnp.zeros((2, 2)), True), at)[1]
@@ -149,9 +164,10 @@ def one_step(model, plan, emissions, given):
 
 
 def judge(name, variant, models, plan, emissions, clean, config):
-    """One row for each model: rollout and one-step R², error of the rates, and the two standard deviations of noise."""
+    """One row for each model: rollout and one-step R², error of the rates, and standard deviations of the noise there is."""
     given = given_to(variant, plan)
     true_rates = jax.jacfwd(SYSTEMS[name])(jnp.zeros(2))
+    counts = config["likelihood"] == "poisson"
 
     @jax.jit
     @jax.vmap
@@ -160,10 +176,10 @@ def judge(name, variant, models, plan, emissions, clean, config):
         _, predicted = rollout(model, plan, given)
         return (
             r2(clean, predicted),
-            r2(emissions, one_step(model, plan, emissions, given)),
+            r2(clean if counts else emissions, one_step(model, plan, emissions, given)),
             relative_error(rates, true_rates),
             jnp.sqrt(model.dynamics.cov.mean()),
-            jnp.sqrt(model.emission.cov.mean()),
+            *([] if counts else [jnp.sqrt(model.emission.cov.mean())]),
         )
 
     return np.stack([np.asarray(score) for score in scores(models)], axis=1)
@@ -171,6 +187,7 @@ def judge(name, variant, models, plan, emissions, clean, config):
 
 def print_table(name, rows, seconds):
     columns = ("rollout R2", "one-step R2", "error of J", "process sd", "emission sd")
+    columns = columns[: rows["iSSM"].shape[1]]
     print(f"\n{name}\n{'':>18} {'seed':>4}" + "".join(f" {column:>11}" for column in columns) + "   CPU s for all")
     for variant, scores in rows.items():
         for seed, row in enumerate(scores):
@@ -242,7 +259,7 @@ def draw(name, fits, plan, states, emissions, config, folder):
 
 
 def run(config, folder=None):
-    """Everything of the study; returns the scores by system and variant, `(num_seeds, 5)`."""
+    """Everything of the study; returns the scores by system and variant, `(num_seeds, 5)`, of counts `(num_seeds, 4)`."""
     results = {}
     for name in config["systems"]:
         plan, _, emissions, _ = simulate(jax.random.key(0), name, config)
@@ -259,15 +276,9 @@ def run(config, folder=None):
             rows[variant] = judge(name, variant, fits[variant].params, test_plan, test_emissions, clean, config)
         print_table(name, rows, seconds)
         if folder is not None:
-            draw(
-                name,
-                {v: f for v, f in fits.items() if v != "iSSM, rollout only"},
-                test_plan,
-                test_states,
-                test_emissions,
-                config,
-                folder,
-            )
+            drawn = {v: f for v, f in fits.items() if v != "iSSM, rollout only"}
+            shown = clean if config["likelihood"] == "poisson" else test_emissions
+            draw(name, drawn, test_plan, test_states, shown, config, folder)
         results[name] = rows
     return results
 

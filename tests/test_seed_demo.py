@@ -1,24 +1,36 @@
-"""The study of the two systems, very small: it runs to its figures, and clamps already win."""
+"""The study of the two systems, very small: it runs to its figures, and clamps already win, also with counts."""
 
 import importlib.util
 from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_study_runs(tmp_path, capsys):
+@pytest.fixture
+def study():
     spec = importlib.util.spec_from_file_location("seed_demo", ROOT / "examples" / "seed_demo.py")
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
-    config = yaml.safe_load((ROOT / "examples" / "configs" / "seed_demo.yaml").read_text(encoding="utf-8"))
-    config |= {
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def config_of(name, **changes):
+    """A config of the study, made very small."""
+    config = yaml.safe_load((ROOT / "examples" / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+    small = {
         "systems": ["DynamicAttractor"], "num_trials": 4, "num_timesteps": 60, "num_seeds": 2, "num_baseline_seeds": 2, "widths": [10],
         "num_rollout": 150, "num_sweeps": 2, "stimulation": config["stimulation"] | {"duration": 8, "gap": [3, 8]},
     }  # fmt: skip
-    rows = study.run(config, tmp_path)["DynamicAttractor"]
+    return config | small | changes
+
+
+def test_study_runs(study, tmp_path, capsys):
+    rows = study.run(config_of("seed_demo"), tmp_path)["DynamicAttractor"]
     assert {name: scores.shape for name, scores in rows.items()} == {
         name: (1 if name == "true parameters" else 2, 5) for name in ("true parameters", *study.VARIANTS)
     }
@@ -28,3 +40,17 @@ def test_study_runs(tmp_path, capsys):
     assert rows["iSSM"][:, 0].min() > max(0.5, rows["additive SSM"][:, 0].max())
     assert "rollout R2" in capsys.readouterr().out
     assert len(list(tmp_path.glob("*.png"))) == 4
+
+
+def test_counts(study, monkeypatch):
+    monkeypatch.setattr(study, "VARIANTS", ("iSSM", "additive SSM"))
+    config = config_of("seed_demo_poisson", num_trials=12, num_seeds=1, num_baseline_seeds=1)
+    _, _, counts, expected = study.simulate(jax.random.key(0), "DynamicAttractor", config)
+    counts, expected = np.asarray(counts), np.asarray(expected)
+    assert (counts == np.round(counts)).all()
+    assert abs((counts - expected).mean()) < 5 * np.sqrt(expected.mean() / counts.size)
+    assert abs(((counts - expected) ** 2 / expected).mean() - 1) < 0.1
+    rows = study.run(config)["DynamicAttractor"]
+    assert {scores.shape for scores in rows.values()} == {(1, 4)}
+    assert rows["true parameters"][0, :2].min() > 0.999
+    assert rows["iSSM"][0, 0] > max(0.5, rows["additive SSM"][0, 0])

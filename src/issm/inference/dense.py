@@ -6,6 +6,8 @@ start and a singular Q are ordinary values here. The backward pass carries the a
 (Bryson-Frazier, Durbin-Koopman), which divide by no predicted covariance.
 """
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -115,7 +117,7 @@ def run_filter(transitions: Transitions, observations: Rows | Potential) -> Filt
         return (done.means, done.covs), done
 
     start = (jnp.zeros(state_dim, transitions.shift.dtype), jnp.zeros((state_dim, state_dim), transitions.shift.dtype))
-    _, steps = lax.scan(step, start, (transitions, observations))
+    _, steps = lax.scan(_without_residuals(step), start, (transitions, observations))
     return steps
 
 
@@ -138,7 +140,12 @@ def run_smoother(transitions: Transitions, steps: FilterPass) -> BackwardPass:
 
     zeros = jnp.zeros((state_dim, state_dim), dtype)
     end = (jnp.zeros(state_dim, dtype), zeros, zeros, zeros)
-    return lax.scan(step, end, (steps, transitions.weights), reverse=True)[1]
+    return lax.scan(_without_residuals(step), end, (steps, transitions.weights), reverse=True)[1]
+
+
+def _without_residuals(step: Callable) -> Callable:
+    """A step whose gradient computes it once more: that costs less than to keep, one by one, what came up in it."""
+    return jax.checkpoint(step, prevent_cse=False)
 
 
 def _update_with_rows(mean: Array, cov: Array, rows: Rows) -> FilterPass:
@@ -164,9 +171,7 @@ def _update_with_rows(mean: Array, cov: Array, rows: Rows) -> FilterPass:
 
 def _update_with_potential(mean: Array, cov: Array, potential: Potential) -> FilterPass:
     r"""Information form $P = (I + P^- J)^{-1} P^-$, whose matrix is never singular."""
-    eye = jnp.eye(cov.shape[0], dtype=cov.dtype)
-    lu, pivots = jax.scipy.linalg.lu_factor(eye + cov @ potential.precision)
-    retained = jax.scipy.linalg.lu_solve((lu, pivots), eye)
+    retained, log_det = _inverse(jnp.eye(cov.shape[0], dtype=cov.dtype) + cov @ potential.precision)
     score = retained.T @ (potential.shift - potential.precision @ mean)
     return FilterPass(
         means=mean + cov @ score,
@@ -176,5 +181,21 @@ def _update_with_potential(mean: Array, cov: Array, potential: Potential) -> Fil
         score=score,
         information=symmetrize(potential.precision @ retained),
         retained=retained,
-        log_det=jnp.log(jnp.abs(jnp.diagonal(lu))).sum(),
+        log_det=log_det,
     )
+
+
+@jax.custom_jvp
+def _inverse(matrix: Array) -> tuple[Array, Array]:
+    """The inverse, and the logarithm of the determinant's size."""
+    lu, pivots = jax.scipy.linalg.lu_factor(matrix)
+    inverse = jax.scipy.linalg.lu_solve((lu, pivots), jnp.eye(matrix.shape[0], dtype=matrix.dtype))
+    return inverse, jnp.log(jnp.abs(jnp.diagonal(lu))).sum()
+
+
+@_inverse.defjvp
+def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Products of small matrices: through the factors and pivots, a gradient takes several times as long."""
+    inverse, log_det = _inverse(*primals)
+    change = inverse @ tangents[0]
+    return (inverse, log_det), (-change @ inverse, jnp.trace(change))
