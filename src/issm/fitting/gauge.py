@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float
 
+from issm._linalg import symmetrize
 from issm.fitting.m_step import Rules
 from issm.fitting.regression import RowStatistics
 from issm.fitting.score import emission_coefficients, to_coordinates
@@ -87,20 +88,25 @@ def follow(point: Array, step: Array, at: Callable[[Array], ParamsLGSSM], params
     """
     changes = _changes_within(params, step)
     _, tangent = jax.linearize(lambda change: to_coordinates(_changed(params, change)), jnp.zeros_like(changes))
-    straight = at(point + step - tangent(changes))
-    return at(to_coordinates(_turned(straight, changes)))
+    return _turned(at(point + step - tangent(changes)), changes)
 
 
 def _changes_within(params: ParamsLGSSM, step: Array) -> Array:
     """The change of coordinates that a step of the readout amounts to."""
     dim = params.state_dim
-    readout, noise = values_of(params.emissions.weights), values_of(params.emissions.cov)
-    scaled = readout / noise[:, None] if noise.ndim == 1 else jnp.linalg.solve(noise, readout)
+    readout = values_of(params.emissions.weights)
+    scaled = _over_noise(readout, params)
     gram = readout.T @ scaled
     gram = gram + 1e-6 * jnp.trace(gram) * jnp.eye(dim, dtype=gram.dtype)
     moved = emission_coefficients(step, params)
     moved = jnp.concatenate([moved[:, :dim], moved[:, -1:]], axis=1)
     return -jnp.linalg.solve(gram, scaled.T @ moved).reshape(-1)
+
+
+def _over_noise(readout: Array, params: ParamsLGSSM) -> Array:
+    """$R^{-1} C$."""
+    noise = values_of(params.emissions.cov)
+    return readout / noise[:, None] if noise.ndim == 1 else jsl.cho_solve((jnp.linalg.cholesky(noise), True), readout)
 
 
 def _turned(params: ParamsLGSSM, change: Array) -> ParamsLGSSM:
@@ -114,7 +120,7 @@ def _turned(params: ParamsLGSSM, change: Array) -> ParamsLGSSM:
     bias, input_weights = values_of(dynamics.bias), values_of(dynamics.input_weights)
 
     def turned(cov: Array) -> Array:
-        return (turn**2) @ cov if cov.ndim == 1 else turn @ cov @ turn.T
+        return (turn**2) @ cov if cov.ndim == 1 else symmetrize(turn @ cov @ turn.T)
 
     return ParamsLGSSM(
         ParamsLGSSMInitial(turn @ initial.mean + shift, turned(initial.cov)),
@@ -201,9 +207,7 @@ def _information(params: ParamsLGSSM, stats: SufficientStatistics, clamps: Clamp
 
 def _clamped_precision(params: ParamsLGSSM, variances: Array) -> Array:
     """What the emissions of a step and the next arrival tell about one state when the others are free."""
-    noise = values_of(params.emissions.cov)
     readout, weights = values_of(params.emissions.weights), values_of(params.dynamics.weights)
-    scaled = readout / noise[:, None] if noise.ndim == 1 else jnp.linalg.solve(noise, readout)
-    information = readout.T @ scaled + weights.T @ (weights / variances[:, None]) + jnp.diag(1 / variances)
+    information = readout.T @ _over_noise(readout, params) + weights.T @ (weights / variances[:, None]) + jnp.diag(1 / variances)
     inverse = jnp.linalg.inv(information)
     return jnp.maximum(1 / jnp.diagonal(inverse) - 1 / variances, 1e-6 / variances)

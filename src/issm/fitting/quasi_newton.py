@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from issm.fitting.gauge import Clamps, GaugeStep, count_clamps, follow, has_gauge
 from issm.fitting.m_step import Rules
-from issm.fitting.score import Preconditioner, from_coordinates, log_variances, score, to_coordinates
+from issm.fitting.score import Preconditioner, from_coordinates, keep_frozen, log_variances, score, to_coordinates
 from issm.fitting.silent import find_silent, keep_silent
 from issm.fitting.statistics import SufficientStatistics
 from issm.models.lgssm import ParamsLGSSM
@@ -167,7 +167,8 @@ def propose(
     at = lambda vector: from_coordinates(vector, current, rules, floor)  # noqa: E731
     step = length * search.direction
     if has_gauge(current, rules):
-        trial = keep_silent(follow(search.point, step, at, current), current, find_silent(current, stats, rules))
+        trial = keep_frozen(follow(search.point, step, at, current), current, rules)
+        trial = keep_silent(trial, current, find_silent(current, stats, rules))
     else:
         trial = at(search.point + step)
     search = eqx.tree_at(lambda s: s.length, search, length)

@@ -38,17 +38,26 @@ def from_coordinates(
     """Parameters at a point; what is frozen keeps every bit of `like`."""
     blocks = []
     for name, point in zip(BLOCKS, _split(vector, like), strict=True):
-        block, rule = getattr(like, name), getattr(rules, name)
-        free = _free(block, rule)
-        coefficients = jnp.where(free.coefficients, point.coefficients, coefficients_of(block))
+        block = getattr(like, name)
         cov = block.cov
         if not isinstance(cov, TimeVarying):
-            new = jnp.exp(point.cov) if cov.ndim == 1 else _factor(point.cov) @ _factor(point.cov).T
+            cov = jnp.exp(point.cov) if cov.ndim == 1 else _factor(point.cov) @ _factor(point.cov).T
             if name == "emissions":
-                new = jnp.maximum(new, floor) if cov.ndim == 1 else raise_to_floor(new, floor)
-            moves = free.cov if cov.ndim == 1 else rule.cov.all()
-            cov = jnp.where(moves, new, cov)
-        blocks.append(with_coefficients(block, coefficients, cov))
+                cov = jnp.maximum(cov, floor) if cov.ndim == 1 else raise_to_floor(cov, floor)
+        blocks.append(with_coefficients(block, point.coefficients, cov))
+    return keep_frozen(ParamsLGSSM(*blocks), like, rules)
+
+
+def keep_frozen(params: ParamsLGSSM, like: ParamsLGSSM, rules: Rules) -> ParamsLGSSM:
+    """The parameters with every bit of `like` in what is frozen, and variances of zero as they are there."""
+    blocks = []
+    for name in BLOCKS:
+        new, old, rule = getattr(params, name), getattr(like, name), getattr(rules, name)
+        free, cov = _free(old, rule), old.cov
+        if not isinstance(cov, TimeVarying):
+            cov = jnp.where(free.cov if cov.ndim == 1 else rule.cov.all(), new.cov, cov)
+        coefficients = jnp.where(free.coefficients, coefficients_of(new), coefficients_of(old))
+        blocks.append(with_coefficients(old, coefficients, cov))
     return ParamsLGSSM(*blocks)
 
 
@@ -161,18 +170,28 @@ def _block_score(block: Any, stats: RowStatistics | PatternStatistics) -> Coordi
         return Coordinates(stats.cross * inverse[:, None], (stats.second * inverse - stats.count) / 2)
     if isinstance(cov, TimeVarying):  # such a block is frozen
         return Coordinates(jnp.zeros_like(stats.cross[0]), jnp.zeros(0, stats.cross.dtype))
+    factor = jnp.linalg.cholesky(cov)
+    if stats.complete:
+        coefficients = jsl.cho_solve((factor, True), stats.cross[0])
+        half = jsl.solve_triangular(factor, stats.second[0], lower=True)
+        white = jsl.solve_triangular(factor, half.T, lower=True) - stats.count[0] * jnp.eye(len(cov), dtype=cov.dtype)
+        by_factor = jsl.solve_triangular(factor, white, lower=True, trans=1)
+    else:
+        coefficients, slope = _slopes_by_pattern(cov, stats)
+        by_factor = slope @ factor
+    by_factor = jnp.tril(by_factor)
+    return Coordinates(coefficients, by_factor + jnp.diag(jnp.diagonal(by_factor) * (jnp.diagonal(factor) - 1)))
+
+
+def _slopes_by_pattern(cov: Array, stats: PatternStatistics) -> tuple[Array, Array]:
+    """Derivative with respect to the coefficients, and twice that with respect to the covariance."""
     both = stats.free[:, :, None] & stats.free[:, None, :]
     eye = jnp.eye(cov.shape[0], dtype=cov.dtype)
     solve = jax.vmap(lambda matrix: jsl.cho_solve((jnp.linalg.cholesky(matrix), True), eye))
     precisions = jnp.where(both, solve(jnp.where(both, cov[None], eye[None])), 0.0)
     coefficients = jnp.einsum("oij,ojp->ip", precisions, stats.cross)
     inner = jnp.einsum("oij,ojk,okl->il", precisions, stats.second, precisions)
-    slope = inner - jnp.einsum(
-        "o,oij->ij", stats.count, precisions
-    )  # twice the derivative with respect to the covariance
-    factor = jnp.linalg.cholesky(cov)
-    by_factor = jnp.tril(slope @ factor)
-    return Coordinates(coefficients, by_factor + jnp.diag(jnp.diagonal(by_factor) * (jnp.diagonal(factor) - 1)))
+    return coefficients, inner - jnp.einsum("o,oij->ij", stats.count, precisions)
 
 
 def _factor_information(stats: RowStatistics | PatternStatistics, free: Coordinates) -> tuple[Array, Array, Array]:
