@@ -22,7 +22,9 @@ from issm.metrics import r2, relative_error
 from issm.simulate import Linear, euler_sample, random_stimulation
 
 STATE_DIM, EMISSION_DIM, NUM_TRIALS, NUM_TIMESTEPS, DT = 6, 20, 50, 200, 0.05
-NOISE_SCALE, EMISSION_SCALE = 0.2, 0.1
+# The published study does not give its noise and its clamps. These are set so that the two things that it says of its own system hold
+# here in the mean of three: an R² of .978 for the true parameters, and an error of .045 for least squares on the true states.
+NOISE_SCALE, EMISSION_SCALE, GAP = 0.155, 0.1, (30, 90)
 PAIRS = [(i, j) for i in range(STATE_DIM) for j in range(i)]
 
 
@@ -91,11 +93,15 @@ def rollout(model, plan, inputs):
 def fits(emissions, plan, widths, num_sweeps):
     """Names, fits, and what each is told of a stimulation."""
     key, shape = jax.random.key(2), {"state_dim": STATE_DIM, "widths": widths}
-    told = {"interventions": plan, "num_iters": num_sweeps}
+    # The dynamics are known from the clamps when the fit begins: a path without noise would only make them worse.
+    told = {"interventions": plan, "num_rollout": 0, "num_iters": num_sweeps}
     start = issm.initialize_ssm(key, emissions, interventions=plan, **shape)
     yield f"{'network' if widths else 'linear'} emission", issm.fit_laplace_em(start, emissions, **told), knows_clamps
     if widths:
         return
+    first = issm.initialize_lgssm(key, emissions, STATE_DIM, interventions=plan).params
+    exact = issm.fit_em(first, emissions, interventions=plan, num_iters=200)
+    yield "the same by fit_em", eqx.tree_at(lambda f: f.params, exact, issm.ssm_from_lgssm(exact.params)), knows_clamps
     blind = {"num_rollout": 400, "num_iters": num_sweeps}
     start = issm.initialize_ssm(key, emissions, input_dim=STATE_DIM, **shape)
     yield "additive inputs", issm.fit_laplace_em(start, emissions, plan.value, **blind), knows_inputs
@@ -120,7 +126,7 @@ def study(seed, widths_of, num_sweeps, num_trials=NUM_TRIALS, num_timesteps=NUM_
     rng = np.random.default_rng(seed)
     truth, readout = system(rng)
     plan = random_stimulation(
-        jax.random.key(seed), num_timesteps, STATE_DIM, num_trials=num_trials, duration=(10, 20), gap=(5, 20), amplitude=2.0,
+        jax.random.key(seed), num_timesteps, STATE_DIM, num_trials=num_trials, duration=(10, 20), gap=GAP, amplitude=2.0,
         distribution="uniform", one_at_a_time=True,
     )  # fmt: skip
     test_plan = pairs_held(rng, num_timesteps)
@@ -145,7 +151,7 @@ def main() -> None:
     """Print one table for each system."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", type=int, default=3)
-    parser.add_argument("--sweeps", type=int, default=100, help="of Laplace EM, after the rollout stage")
+    parser.add_argument("--sweeps", type=int, default=40, help="of Laplace EM")
     parser.add_argument("--emission", nargs="+", default=["linear", "network"], choices=["linear", "network"])
     options = parser.parse_args()
     widths_of = [() if name == "linear" else (50, 50) for name in options.emission]

@@ -18,7 +18,7 @@ def test_clamps_recover_the_rates():
         (k, i) for k in range(30) for i in study.PAIRS[k % 15]
     }
     assert np.asarray(plan.mask).sum(axis=2).max() == 2
-    first = itertools.islice(study.study(0, [()], num_sweeps=15, num_trials=20, num_timesteps=100), 3)
+    first = itertools.islice(study.study(0, [()], num_sweeps=40, num_trials=30, num_timesteps=200), 3)
     rows = {name: row for name, *row in first}
     error, score = {name: row[0] for name, row in rows.items()}, {name: row[1] for name, row in rows.items()}
     assert error["true parameters"] < 1e-5

@@ -185,9 +185,10 @@ def _prepare(
 
 def _run(state: EMState, problem: Problem, until: int | Int[Array, ""]) -> EMState:
     """Iterate until the fit has ended or `until` updates are behind it."""
-    return (_iterate_compiled if is_concrete(state.code) else _iterate)(state, problem, jnp.asarray(until, jnp.int32))
+    return _iterate(state, problem, jnp.asarray(until, jnp.int32))
 
 
+@jit_quickly
 def _iterate(state: EMState, problem: Problem, until: Int[Array, ""]) -> EMState:
 
     def running(state: EMState) -> Array:
@@ -198,9 +199,6 @@ def _iterate(state: EMState, problem: Problem, until: Int[Array, ""]) -> EMState
         return _advance(state, stats, problem)
 
     return lax.while_loop(running, iterate, state)
-
-
-_iterate_compiled = jit_quickly(_iterate)
 
 
 def _advance(state: EMState, stats: SufficientStatistics, problem: Problem) -> EMState:
