@@ -76,6 +76,7 @@ def fit_laplace_em(
         held_out: Boolean, `(num_trials,)`: trials to learn nothing from, whose objective is recorded. None: none.
         num_iters: Number of sweeps, at least 0.
         num_rollout: Number of updates of the rollout stage. None: 400 if there are clamps and the dynamics are linear, else 0.
+            Zero suits a start from clamps, `initialize_ssm(..., interventions=...)`.
         num_gradient_steps: Steps of Adam on the emission in each sweep, at least 1.
         dynamics_rate: Learning rate of dynamics, initial mean and noise in the rollout stage.
         emission_rate: Learning rate of the emission map in the rollout stage; the sweeps use a fifth of it.
