@@ -208,6 +208,8 @@ def _information(params: ParamsLGSSM, stats: SufficientStatistics, clamps: Clamp
 def _clamped_precision(params: ParamsLGSSM, variances: Array) -> Array:
     """What the emissions of a step and the next arrival tell about one state when the others are free."""
     readout, weights = values_of(params.emissions.weights), values_of(params.dynamics.weights)
-    information = readout.T @ _over_noise(readout, params) + weights.T @ (weights / variances[:, None]) + jnp.diag(1 / variances)
+    information = (
+        readout.T @ _over_noise(readout, params) + weights.T @ (weights / variances[:, None]) + jnp.diag(1 / variances)
+    )
     inverse = jnp.linalg.inv(information)
     return jnp.maximum(1 / jnp.diagonal(inverse) - 1 / variances, 1e-6 / variances)
