@@ -39,10 +39,9 @@ def _row_emission_statistics(
         weights, pattern_weights = weights / cov.values[None], pattern_weights / cov.values[None]
     pattern_weights = pattern_weights * data.pattern_count[:, None, None]
     if shared:
-        total = jnp.einsum("gtr,gtij->tij", pattern_weights, state_covs)
-        loaded = rows @ total  # R_t P_t, summed over trials
-        spread = jnp.einsum("tni,tni->n", loaded, rows)
-        cross_covs = loaded.sum(axis=0)
+        rows, total = _by_map(params, rows, jnp.einsum("gtr,gtij->tij", pattern_weights, state_covs))
+        loaded = rows @ total
+        spread, cross_covs = jnp.einsum("tni,tni->n", loaded, rows), loaded.sum(axis=0)
     else:
         by_row = jnp.einsum("gtn,gtij->tnij", pattern_weights, state_covs)
         loaded = jnp.einsum("tni,tnij->tnj", rows, by_row)
@@ -73,19 +72,22 @@ def _correlated_emission_statistics(
     is left out.
     """
     cov, (num_trials, num_timesteps, emission_dim) = params.emissions.cov, data.emissions.shape
-    cross_covs = rows[None] @ state_covs
-    second_covs = cross_covs @ jnp.swapaxes(rows, 1, 2)[None]
-    used = jnp.ones((num_trials, num_timesteps, 1), data.dtype)
-    pattern_used = jnp.ones(state_covs.shape[:2], data.dtype)
-    gains = None
-    if data.observed is not None:
+    if data.observed is None:
+        gains = None
+        used = jnp.ones((num_trials, num_timesteps, 1), data.dtype)
+        pattern_weights = jnp.broadcast_to(data.pattern_count[:, None], state_covs.shape[:2])
+        rows, total = _by_map(params, rows, jnp.einsum("gt,gtij->tij", pattern_weights, state_covs))
+        loaded = rows @ total
+        cross_covs, second_covs = loaded.sum(axis=0), jnp.einsum("tni,tmi->nm", loaded, rows)  # no N^2 for a step
+    else:
         observed = data.observed[data.trials.representatives]
         used = data.observed.any(axis=2, keepdims=True).astype(data.dtype)
-        pattern_used = observed.any(axis=2).astype(data.dtype)
+        pattern_weights = observed.any(axis=2).astype(data.dtype) * data.pattern_count[:, None]
         gains, unexplained = _fill_in(over_time(cov, num_timesteps)[None], observed)
-        second_covs = gains @ second_covs @ jnp.swapaxes(gains, 2, 3) + unexplained
-        cross_covs = gains @ cross_covs
-    pattern_weights = pattern_used * data.pattern_count[:, None]
+        filled = gains @ rows[None]
+        loaded = filled @ state_covs
+        over_all = lambda covs: jnp.einsum("gt,gtij->ij", pattern_weights, covs)  # noqa: E731
+        cross_covs, second_covs = over_all(loaded), over_all(loaded @ jnp.swapaxes(filled, 2, 3) + unexplained)
 
     def add(residuals: Array, regressors: Array, used: Array, pattern: Array) -> tuple[Array, Array]:
         if gains is not None:
@@ -99,15 +101,21 @@ def _correlated_emission_statistics(
     cross, second = _from_data(
         params, regressors, data, lambda: _sum_over_trials(params, states, regressors, data, add, used, pattern)
     )
-    total = lambda covs: jnp.einsum("gt,gtij->ij", pattern_weights, covs)  # noqa: E731
     return PatternStatistics(
         free=jnp.ones((1, emission_dim), bool),
         gram=gram(regressors, state_covs, used, pattern_weights[:, :, None]),
-        cross=(cross - pad(total(cross_covs), regressors.shape[-1]))[None],
-        second=(second + total(second_covs))[None],
+        cross=(cross - pad(cross_covs, regressors.shape[-1]))[None],
+        second=(second + second_covs)[None],
         count=used.sum()[None],
         complete=True,
     )
+
+
+def _by_map(params: ParamsLGSSM, rows: Array, covs: Array) -> tuple[Array, Array]:
+    """The emission weights of every step and the covariances behind them: one of each where the weights are constant."""
+    if isinstance(params.emissions.weights, TimeVarying):
+        return rows, covs
+    return rows[:1], covs.sum(axis=0, keepdims=True)
 
 
 def _from_data(
