@@ -9,6 +9,8 @@ the rates J = (A - I) / dt, and by the noise it finds. The true parameters are j
     python examples/seed_demo.py -c examples/configs/seed_demo_lifted.yaml
     python examples/seed_demo.py -c examples/configs/seed_demo_poisson.yaml -o results
 
+Half of the time goes into compilation; on a CPU, XLA_FLAGS=--xla_cpu_use_fusion_emitters=false in the environment halves that.
+
 Counts are Poisson with rates baseline * exp(gain * y), y being the emissions without noise. Predictions of counts are compared
 with the expected ones.
 """
@@ -208,7 +210,8 @@ def draw(name, fits, plan, states, emissions, config, folder):
     best = {v: int(np.nanargmax(np.asarray(f.log_probs)[:, -1])) for v, f in fits.items()}
     models = {v: jax.tree.map(lambda leaf, v=v: leaf[best[v]], f.params) for v, f in fits.items()}
     paths = {v: rollout(m, plan, given_to(v, plan)) for v, m in models.items()}
-    for kind, truth, place in (("latents", states, 0), ("observations", emissions, 1)):
+    seen = "expected count" if config["likelihood"] == "poisson" else "observation"
+    for kind, label, truth, place in (("latents", "latent", states, 0), ("observations", seen, emissions, 1)):
         figure, axes = plt.subplots(2, 2, figsize=(11, 5), sharex=True, layout="constrained")
         for trial in range(2):
             for dim in range(2):
@@ -223,7 +226,7 @@ def draw(name, fits, plan, states, emissions, config, folder):
                     ax.plot(
                         time_axis, paths["additive SSM"][place][trial, :, dim], color="C1", linewidth=1, label="additive SSM rollout"
                     )  # fmt: skip
-                ax.set_ylabel(f"{kind[:-1]} {dim + 1}")
+                ax.set_ylabel(f"{label} {dim + 1}")
                 ax.margins(x=0)
             axes[0, trial].set_title(f"{name}, unseen stimulation, trial {trial + 1}")
             axes[1, trial].set_xlabel("time")
