@@ -31,6 +31,9 @@ from issm.simulate import DynamicAttractor, RotationalDynamics, euler_sample, ra
 
 SYSTEMS = {"DynamicAttractor": DynamicAttractor(a1=-20.0, a2=1.2), "RotationalDynamics": RotationalDynamics(a=1.2)}
 VARIANTS = ("iSSM", "iSSM, rollout only", "additive SSM", "observational SSM")
+WITH_NOISE = (
+    "iSSM, true emissions",
+)  # learns the dynamics alone: what is then wrong with the noise is not the network's
 
 
 class TrueMap(eqx.Module):
@@ -89,13 +92,30 @@ def true_model(name, config):
 
 def given_to(variant, plan):
     """What a variant is told of the stimulation: clamps, inputs or nothing."""
-    if variant in ("iSSM", "iSSM, rollout only", "true parameters"):
+    if variant.startswith("iSSM") or variant == "true parameters":
         return {"interventions": plan, "inputs": None}
     return {"interventions": None, "inputs": plan.value if variant == "additive SSM" else None}
 
 
-def fit(variant, plan, emissions, config):
+def noise_in(name, plan, states, emissions, clean, config):
+    """Standard deviations of the noise that was drawn: of the states where they were free, and of the emissions."""
+    dynamics = true_model(name, config).dynamics
+    noise = states[:, 1:] - states[:, :-1] @ dynamics.weights.T - dynamics.bias[None, None]
+    return jnp.sqrt(jnp.mean(noise**2, where=~plan.mask[:, 1:])), jnp.std(emissions - clean)
+
+
+def fit(variant, name, plan, emissions, config):
     """Fit all seeds at once; returns the fits and the CPU seconds they took, compilation included."""
+    if variant == "iSSM, true emissions":
+        model = true_model(name, config)
+        learned = eqx.tree_at(
+            lambda m: (m.dynamics, m.emission.cov), jax.tree.map(lambda leaf: False, model), (True, True)
+        )
+        began = time.process_time()
+        result = issm.fit_laplace_em(
+            model, emissions, interventions=plan, trainable=learned, num_rollout=0, num_iters=config["num_sweeps"]
+        )
+        return jax.tree.map(lambda leaf: leaf[None], eqx.filter(result, eqx.is_array)), time.process_time() - began
     keys = jax.random.split(
         jax.random.key(2), config["num_seeds" if variant.startswith("iSSM") else "num_baseline_seeds"]
     )
@@ -189,7 +209,7 @@ def judge(name, variant, models, plan, emissions, clean, config):
 
 def print_table(name, rows, seconds):
     columns = ("rollout R2", "one-step R2", "error of J", "process sd", "emission sd")
-    columns = columns[: rows["iSSM"].shape[1]]
+    columns = columns[: rows["true parameters"].shape[1]]
     print(f"\n{name}\n{'':>18} {'seed':>4}" + "".join(f" {column:>11}" for column in columns) + "   CPU s for all")
     for variant, scores in rows.items():
         for seed, row in enumerate(scores):
@@ -207,7 +227,7 @@ def draw(name, fits, plan, states, emissions, config, folder):
     from issm.plotting import plot_flow_field, plot_interventions
 
     time_axis = np.arange(config["num_timesteps"]) * config["dt"]
-    best = {v: int(np.nanargmax(np.asarray(f.log_probs)[:, -1])) for v, f in fits.items()}
+    best = {v: int(np.argmax(f.log_probs[:, -1])) for v, f in fits.items()}
     models = {v: jax.tree.map(lambda leaf, v=v: leaf[best[v]], f.params) for v, f in fits.items()}
     paths = {v: rollout(m, plan, given_to(v, plan)) for v, m in models.items()}
     seen = "expected count" if config["likelihood"] == "poisson" else "observation"
@@ -230,7 +250,7 @@ def draw(name, fits, plan, states, emissions, config, folder):
                 ax.margins(x=0)
             axes[0, trial].set_title(f"{name}, unseen stimulation, trial {trial + 1}")
             axes[1, trial].set_xlabel("time")
-        axes[0, 0].legend(loc="upper right", fontsize=8)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
         figure.savefig(folder / f"{name}_{kind}.png", dpi=110)
         plt.close(figure)
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharex=True, sharey=True)
@@ -252,8 +272,9 @@ def draw(name, fits, plan, states, emissions, config, folder):
             label = variant if seed == 0 else None
             axes[0].plot(result.rollout_log_probs[seed], color=color, linewidth=0.8, alpha=0.7, label=label)
             axes[1].plot(result.log_probs[seed], color=color, linewidth=0.8, alpha=0.7)
-    floor = float(np.nanquantile(np.asarray(fits["iSSM"].rollout_log_probs), 0.02))
-    axes[0].set_ylim(min(floor, -4.0))
+    low = float(np.quantile(fits["iSSM"].rollout_log_probs, 0.02))  # the first updates come from far below
+    high = max(float(result.rollout_log_probs.max()) for result in fits.values())
+    axes[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     for ax, label in zip(axes, ("rollout stage", "Laplace EM"), strict=True):
         ax.set(title=f"{name}: {label}", xlabel="update", ylabel="nats for each observed entry")
     axes[0].legend(fontsize=8, loc="lower right")
@@ -265,21 +286,24 @@ def run(config, folder=None):
     """Everything of the study; returns the scores by system and variant, `(num_seeds, 5)`, of counts `(num_seeds, 4)`."""
     results = {}
     for name in config["systems"]:
-        plan, _, emissions, _ = simulate(jax.random.key(0), name, config)
+        plan, states, emissions, drawn_from = simulate(jax.random.key(0), name, config)
         test_plan, test_states, test_emissions, clean = simulate(jax.random.key(1), name, config)
         truth = jax.tree.map(lambda leaf: leaf[None], eqx.filter(true_model(name, config), eqx.is_array))
         fits, seconds = {}, {}
         rows = {"true parameters": judge(name, "true parameters", truth, test_plan, test_emissions, clean, config)}
-        for variant in VARIANTS:
-            fits[variant], seconds[variant] = fit(variant, plan, emissions, config)
+        for variant in VARIANTS + (WITH_NOISE if config["process_sd"] else ()):
+            fits[variant], seconds[variant] = fit(variant, name, plan, emissions, config)
             broken = [
                 not np.isfinite(leaf).all() for leaf in jax.tree.leaves(eqx.filter(fits[variant].params, eqx.is_array))
             ]
             assert not any(broken), f"{variant} is not finite"
             rows[variant] = judge(name, variant, fits[variant].params, test_plan, test_emissions, clean, config)
         print_table(name, rows, seconds)
+        if config["process_sd"]:
+            process, emission = noise_in(name, plan, states, emissions, drawn_from, config)
+            print(f"noise drawn in the training data: process sd {process:.4f}, emission sd {emission:.4f}")
         if folder is not None:
-            drawn = {v: f for v, f in fits.items() if v != "iSSM, rollout only"}
+            drawn = {v: f for v, f in fits.items() if not v.startswith("iSSM,")}
             shown = clean if config["likelihood"] == "poisson" else test_emissions
             draw(name, drawn, test_plan, test_states, shown, config, folder)
         results[name] = rows

@@ -128,6 +128,18 @@ def test_many_seeds_at_once_in_float32(fitted):
     assert both.reason == ["stopped after the largest number of updates"] * 2
 
 
+def test_logs_end_where_the_fit_ended():
+    """Trimmed where their length is known, and otherwise their last entry is repeated: never NaN."""
+    alone = fit(tol=1e9)
+    assert (alone.reason.split(":")[0], int(alone.num_iters), alone.log_probs.shape) == ("converged", 1, (2,))
+    both = jax.vmap(lambda model: issm.fit_laplace_em(
+        model, COUNTS, interventions=PLAN, num_rollout=12, num_iters=4, tol=1e9
+    ))(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), START))  # fmt: skip
+    assert both.log_probs.shape == (2, 5)
+    np.testing.assert_allclose(both.log_probs[0, :2], alone.log_probs, rtol=1e-9)
+    np.testing.assert_array_equal(both.log_probs[:, 1:], both.log_probs[:, 1:2].repeat(4, axis=1))
+
+
 def test_held_out_trials_stop_the_fit():
     """Nothing is learned from them: they may be anything."""
     held_out = np.array([False, False, True, False])
@@ -137,8 +149,10 @@ def test_held_out_trials_stop_the_fit():
     assert (a.held_out != b.held_out).all()
     c = fit(emissions=other, held_out=held_out, num_rollout=0, num_iters=30, patience=2)
     assert "stopped early" in c.reason
-    assert int(c.num_iters) < 30
-    best = np.nanmax(c.held_out)
+    assert int(c.num_iters) == int(c.best_iter) + 2 < 30
+    assert c.log_probs.shape == c.held_out.shape == (int(c.num_iters) + 1,)
+    best = np.max(c.held_out)
+    assert c.held_out[int(c.best_iter)] == best
     again = issm.posterior(c.params, other[2], interventions=jax.tree.map(lambda leaf: leaf[2], PLAN))
     np.testing.assert_allclose(float(again.marginal_loglik) / (T * N), best, rtol=0.02)
 

@@ -42,6 +42,17 @@ def test_study_runs(study, tmp_path, capsys):
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
+def test_noise_is_found_where_the_emissions_are_known(study, monkeypatch, capsys):
+    """Also a check of what is printed as drawn: of 2200 free arrivals a standard deviation is known to 1.5 %."""
+    monkeypatch.setattr(study, "VARIANTS", ())
+    config = config_of("seed_demo_noisy", num_trials=10, num_timesteps=200, num_sweeps=30)
+    scores = study.run(config)["DynamicAttractor"]["iSSM, true emissions"][0]
+    words = capsys.readouterr().out.split()
+    process, emission = float(words[-4].strip(",")), float(words[-1])
+    np.testing.assert_allclose([process, emission], [0.05, 0.1], rtol=0.06)
+    np.testing.assert_allclose(scores[3:], [process, emission], rtol=0.05)
+
+
 def test_counts(study, monkeypatch):
     monkeypatch.setattr(study, "VARIANTS", ("iSSM", "additive SSM"))
     config = config_of("seed_demo_poisson", num_trials=12, num_seeds=1, num_baseline_seeds=1)

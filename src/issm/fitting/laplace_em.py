@@ -124,7 +124,7 @@ def fit_laplace_em(
         step, arrays, carry, data, num_iters=num_iters, patience=patience, tol=tol, label="laplace EM", bar=progress
     )
     found = loop.good if patience is None else loop.best
-    return finish(eqx.combine(found, rest), rollout, loop)
+    return finish(eqx.combine(found, rest), rollout, loop, patience=patience)
 
 
 class Sweep(eqx.Module):

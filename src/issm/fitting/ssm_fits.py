@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from issm._check import as_array, fail, is_concrete
 from issm.fitting.rollout import fit_rollout
@@ -71,19 +72,39 @@ def rollout_stage(
     return fit_rollout(model, trials, data, trainable, num_iters=num_rollout, **options)
 
 
-def finish(model: SSM, rollout: Loop | None, loop: Loop, recognition: Any = None) -> SSMFit:
+def finish(
+    model: SSM, rollout: Loop | None, loop: Loop, *, patience: int | None = None, recognition: Any = None
+) -> SSMFit:
     """Gather the result; a rollout stage that broke down says so."""
     code = loop.code
     if rollout is not None:
         broken = (rollout.code >= Code.START_NOT_FINITE) & (code < Code.START_NOT_FINITE)
         code = jnp.where(broken, rollout.code, code)
+    last = _last_known(loop)
+    best = last if patience is None else jnp.argmax(jnp.nan_to_num(loop.held_out, nan=-jnp.inf, neginf=-jnp.inf))
     return SSMFit(
         params=model,
-        rollout_log_probs=jnp.zeros(0, loop.log.dtype) if rollout is None else rollout.log,
-        log_probs=loop.log,
-        held_out=loop.held_out,
+        rollout_log_probs=jnp.zeros(0, loop.log.dtype)
+        if rollout is None
+        else _ended(rollout.log, _last_known(rollout)),
+        log_probs=_ended(loop.log, last),
+        held_out=_ended(loop.held_out, last),
         converged=code == Code.CONVERGED,
-        num_iters=loop.num_updates,
+        num_iters=last,
+        best_iter=best.astype(last.dtype),
         code=code,
         recognition=recognition,
     )
+
+
+def _last_known(loop: Loop) -> Array:
+    """Number of updates behind the last parameters whose objective is known and finite."""
+    known = jnp.isfinite(loop.log[loop.num_updates])
+    return jnp.where(known, loop.num_updates, jnp.maximum(loop.num_updates - 1, 0))
+
+
+def _ended(log: Array, last: Array) -> Array:
+    """A log up to entry `last`; where its length is not known, entries beyond repeat that one."""
+    if is_concrete(last):
+        return log[: int(last) + 1]
+    return log[jnp.minimum(jnp.arange(log.shape[0], dtype=last.dtype), last)]

@@ -44,12 +44,14 @@ class SSMFit(eqx.Module):
     Attributes:
         params: The model, in the structure of the one that the fit started from.
         rollout_log_probs: $\log p(y \mid f(x))$ along the deterministic path before every update of the rollout stage,
-            `(num_rollout + 1,)`; NaN after the stage has ended. Empty if there was no such stage.
+            `(num_updates + 1,)`. Empty if there was no such stage.
         log_probs: Objective before every update of the main stage, `(num_iters + 1,)`: Laplace's marginal log-likelihood, or
-            the evidence lower bound. NaN after the stage has ended.
+            the evidence lower bound. Under `jit` or `vmap` both logs have the largest possible length, and entries beyond the
+            last repeat it.
         held_out: The same on the held-out trials; zero if there are none.
         converged: Whether the last update of the main stage gained less than the tolerance.
-        num_iters: Number of updates of the main stage behind `params`.
+        num_iters: Number of updates of the main stage.
+        best_iter: How many of them are behind `params`: all, or with `patience` those up to the best held-out objective.
         code: Why the fit ended, as a number; `reason` says it in words.
         recognition: The trained recognition network of a variational fit, or None.
 
@@ -71,6 +73,7 @@ class SSMFit(eqx.Module):
     held_out: Float[Array, "*batch num_log_probs"]
     converged: Bool[Array, "*batch"]
     num_iters: Int[Array, "*batch"]
+    best_iter: Int[Array, "*batch"]
     code: Int[Array, "*batch"]
     recognition: Any = None
 

@@ -142,7 +142,7 @@ def fit_vi(
     )
     arrays, network = loop.good if patience is None else loop.best
     fitted = keep_frozen(masks[0], from_free(eqx.combine(arrays, rest), model), model)
-    return finish(fitted, rollout, loop, eqx.combine(network, fixed))
+    return finish(fitted, rollout, loop, patience=patience, recognition=eqx.combine(network, fixed))
 
 
 class Ascent(eqx.Module):
