@@ -46,6 +46,9 @@ from issm.models.lgssm import ParamsLGSSM, TimeVarying, is_diagonal, over_time, 
 from issm.models.transitions import lgssm_transitions
 from issm.models.trials import Trials
 
+NUMBERS_AT_ONCE = 2**18
+"""Emissions that are read together: their residuals in twice the precision are several times as large as they."""
+
 
 def sqrt_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     """Filter and smooth all trials with factors in place of covariances."""
@@ -210,55 +213,61 @@ def _refined_means(
     params: ParamsLGSSM, trials: Trials, weights: Array, gains: Gains, rotation: Array | None
 ) -> tuple[Means, Array, _Leftover]:
     """Means of all trials as a reference path and the deviations from it, and the leftover."""
-    emissions, inputs = swap(trials.emissions), _time_first(trials.plan.inputs)
-    inputs = jnp.broadcast_to(inputs, (*emissions.shape[:2], inputs.shape[-1]))
     shifts = over_trials(lambda inputs, plan: lgssm_transitions(params, inputs, plan).shift, trials.plan)
-    maps, bias = _emission_map(params)
     of_trials = weights if weights.shape[1] == 1 else spread(weights, trials.pattern)
 
     def deviations(reference: Array) -> tuple[Means, _Leftover]:
-        regressors = jnp.concatenate([reference, inputs], axis=-1)
-        residuals = exact_residual((emissions, -bias), maps, regressors)
         remaining = -exact_residual((reference, -shifts), of_trials, _previous(reference))
-        values, log_norm = _whitened(params, residuals, trials.may_miss)
-        squares = jnp.zeros(values.shape[:2], values.dtype)
-        if rotation is not None:
-            compressed = apply(transpose(rotation), values, trials.pattern)
-            squares = ((values - apply(rotation, compressed, trials.pattern)) ** 2).sum(axis=-1)
-            values = compressed
-        means = run_means(weights, remaining, gains, values, trials.pattern, scan_recursion)
-        return means, _Leftover(squares, log_norm)
+        values, leftover = _read_data(params, trials, reference, rotation)
+        return run_means(weights, remaining, gains, values, trials.pattern, scan_recursion), leftover
 
-    nothing = jnp.zeros((*emissions.shape[:2], params.state_dim), emissions.dtype)
+    num_trials, num_timesteps, _ = trials.emissions.shape
+    nothing = jnp.zeros((num_timesteps, num_trials, params.state_dim), trials.emissions.dtype)
     reference = deviations(nothing)[0].filtered
     means, leftover = deviations(reference)
     return means, reference, leftover
 
 
+def _read_data(
+    params: ParamsLGSSM, trials: Trials, reference: Array, rotation: Array | None
+) -> tuple[Array, _Leftover]:
+    """What is left of the emissions beside a path, whitened and as few rows as the states have; some trials at a time."""
+    num_trials, num_timesteps, emission_dim = trials.emissions.shape
+    maps, bias = _emission_map(params)
+    where = lambda p: (p.emissions.bias, p.emissions.input_weights)  # noqa: E731
+    none = jnp.zeros((num_timesteps, 0), trials.emissions.dtype)
+    bare = eqx.tree_at(where, params, (jnp.zeros(emission_dim, none.dtype), jnp.zeros((emission_dim, 0), none.dtype)))
+    shared = trials.plan.inputs.ndim == 2
+    pattern = trials.spread(jnp.arange(trials.num_patterns))
+
+    def one(at: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+        emissions, path, pattern, *inputs = at
+        regressors = jnp.concatenate([path, trials.plan.inputs if shared else inputs[0]], axis=-1)
+        residuals = exact_residual((emissions, -bias), maps, regressors)
+        whitened = whiten(bare, residuals, none, may_miss=trials.may_miss)
+        values, squares = whitened.values, jnp.zeros_like(whitened.log_norm)
+        if rotation is not None:
+            here = lax.dynamic_index_in_dim(rotation, jnp.minimum(pattern, rotation.shape[1] - 1), axis=1)
+            rows = apply(transpose(here), values[:, None], None)
+            squares = ((values[:, None] - apply(here, rows, None)) ** 2).sum(axis=(1, 2))
+            values = rows[:, 0]
+        return values, squares, whitened.log_norm
+
+    data = (trials.emissions, swap(reference), pattern, *(() if shared else (trials.plan.inputs,)))
+    most = max(NUMBERS_AT_ONCE // (num_timesteps * emission_dim), 1)
+    together = max(size for size in range(1, min(most, num_trials) + 1) if num_trials % size == 0)
+    values, squares, log_norm = lax.map(one, data, batch_size=together)
+    return swap(values), _Leftover(swap(squares), log_norm)
+
+
 def _emission_map(params: ParamsLGSSM) -> tuple[Array, Array]:
-    """[C D] and d with leading axes for time and trials."""
+    """[C D] and d with a leading time axis."""
     fields = (params.emissions.weights, params.emissions.input_weights)
     varying = [field.values.shape[0] for field in fields if isinstance(field, TimeVarying)]
     length = varying[0] if varying else 1
-    maps = jnp.concatenate([over_time(field, length) for field in fields], axis=-1)[:, None]
+    maps = jnp.concatenate([over_time(field, length) for field in fields], axis=-1)
     bias = values_of(params.emissions.bias)
-    return maps, jnp.expand_dims(bias, (0, 1) if bias.ndim == 1 else 1)
-
-
-def _whitened(params: ParamsLGSSM, residuals: Array, may_miss: bool) -> tuple[Array, Array]:
-    """Residuals in units of their noise, and the norming constant of each step."""
-    num_timesteps, _, emission_dim = residuals.shape
-    dtype = residuals.dtype
-    where = lambda p: (p.emissions.bias, p.emissions.input_weights)  # noqa: E731
-    bare = eqx.tree_at(where, params, (jnp.zeros(emission_dim, dtype), jnp.zeros((emission_dim, 0), dtype)))
-    no_inputs = jnp.zeros((num_timesteps, 0), dtype)
-    whitened = jax.vmap(lambda one: whiten(bare, one, no_inputs, may_miss=may_miss), in_axes=1)(residuals)
-    return swap(whitened.values), whitened.log_norm
-
-
-def _time_first(array: Array) -> Array:
-    """Time first and then trials, of which there may be one for all."""
-    return array[:, None] if array.ndim == 2 else swap(array)
+    return maps, bias[None] if bias.ndim == 1 else bias
 
 
 def _previous(array: Array) -> Array:
