@@ -14,7 +14,7 @@ import pytest
 
 import helpers
 import issm
-from issm.fitting import em
+from issm.fitting import em, em_loop
 from issm.fitting.m_step import make_rules
 from issm.fitting.result import Code
 
@@ -319,7 +319,7 @@ def test_bar_changes_nothing_but_standard_error(capsys):
 
 def test_interrupt_returns_what_has_been_reached(monkeypatch, capsys):
     whole = fit(start_of(ROWS), ROWS)
-    draw, seen = em.ProgressBar.draw, []
+    draw, seen = em_loop.ProgressBar.draw, []
 
     def interrupt(self, done, objective):
         seen.append(done)
@@ -327,7 +327,7 @@ def test_interrupt_returns_what_has_been_reached(monkeypatch, capsys):
         if done >= 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(em.ProgressBar, "draw", interrupt)
+    monkeypatch.setattr(em_loop.ProgressBar, "draw", interrupt)
     result = fit(start_of(ROWS), ROWS, progress=True)
     assert result.reason == "interrupted"
     assert not result.converged
@@ -341,7 +341,7 @@ def test_interrupt_before_the_first_update(monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(em, "_run", interrupt)
+    monkeypatch.setattr(em_loop, "run", interrupt)
     result = fit(start_of(ROWS), ROWS, progress=True)
     assert result.reason == "interrupted"
     assert result.num_iters == 0
@@ -594,7 +594,7 @@ def test_bad_calls_name_the_argument_before_compilation(name, monkeypatch):
     def compiled(*_, **__):
         raise AssertionError("compiled before it was checked")
 
-    for kernel in ("_prepare", "_run", "_finish"):
+    for kernel in ("prepare", "run", "_finish"):
         monkeypatch.setattr(em, kernel, compiled)
     with pytest.raises(ValueError) as caught:
         issm.fit_em(*arguments, **options)

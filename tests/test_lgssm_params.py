@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import issm
-from issm.models.lgssm import as_matrix, check_params, is_diagonal, over_time
+from issm.models.fields import as_matrix, is_diagonal, over_time
+from issm.models.lgssm import check_params
 
 ARRAYS = {
     "initial_mean": np.zeros(2),

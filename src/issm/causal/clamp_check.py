@@ -18,7 +18,8 @@ from issm.causal.predict import check_level
 from issm.causal.stimulation import append_inputs
 from issm.inference.kalman import marginal_log_prob
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, values_of
+from issm.models.fields import values_of
+from issm.models.lgssm import ParamsLGSSM
 
 
 class ClampCheck(eqx.Module):

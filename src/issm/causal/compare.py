@@ -17,7 +17,8 @@ from issm.causal.predict import check_level
 from issm.causal.stimulation import roll_out, stimulation_as
 from issm.inference.kalman import lgssm_filter
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, apply_weights, check_params
+from issm.models.fields import apply_weights
+from issm.models.lgssm import ParamsLGSSM, check_params
 from issm.models.transitions import emission_offsets
 from issm.models.trials import as_trials
 

@@ -14,7 +14,8 @@ from issm.causal.twin import twin_transitions
 from issm.inference.dense import BackwardPass, FilterPass, run_filter, run_smoother
 from issm.inference.observations import WhitenedEmissions, whiten
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, as_matrix, is_diagonal, over_time, values_of
+from issm.models.fields import TimeVarying, as_matrix, is_diagonal, over_time, values_of
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.transitions import Transitions, emission_offsets
 from issm.models.trials import Plan, Trials, as_plan, as_trials
 

@@ -10,7 +10,7 @@ from issm.causal.draws import GAUSS_NEWTON_STEPS, draw_deviations
 from issm.causal.history import Scenario
 from issm.inference.laplace import approximation, expand, make_problem, toward_mean
 from issm.interventions import Intervention
-from issm.models.lgssm import as_matrix, values_of
+from issm.models.fields import as_matrix, values_of
 from issm.models.nonlinear import Noise, NonlinearDynamics, draw_noise, follow
 from issm.models.ssm import SSM
 from issm.models.transitions import Transitions

@@ -22,7 +22,8 @@ from issm.causal.compare import check_count
 from issm.causal.design_arguments import as_bounds, as_candidates, as_information
 from issm.causal.excitation import Weights, predicted_moments, row_precisions, row_sums
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, check_params
+from issm.models.fields import TimeVarying
+from issm.models.lgssm import ParamsLGSSM, check_params
 from issm.models.trials import Plan, as_plan
 
 CRITERIA = ("D", "A")

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 from issm.causal.predict import forward_moments
 from issm.inference.methods import filter_and_smooth
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, as_matrix, is_diagonal, over_time
+from issm.models.fields import TimeVarying, as_matrix, is_diagonal, over_time
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.transitions import lgssm_transitions
 from issm.models.trials import Plan, Trials
 

@@ -15,7 +15,8 @@ from issm._linalg import symmetrize
 from issm.inference.dense import run_filter
 from issm.inference.observations import whiten
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, ParamsLGSSMInitial, TimeVarying, check_params
+from issm.models.fields import TimeVarying
+from issm.models.lgssm import ParamsLGSSM, ParamsLGSSMInitial, check_params
 from issm.models.transitions import free_transitions, lgssm_transitions
 from issm.models.trials import Plan, as_plan, as_trials
 

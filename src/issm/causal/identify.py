@@ -27,7 +27,8 @@ from issm.causal.support import support_of
 from issm.inference.information import free_directions, observed_information
 from issm.inference.methods import choose_method
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, check_params, values_of
+from issm.models.fields import values_of
+from issm.models.lgssm import ParamsLGSSM, check_params
 from issm.models.trials import Plan, Trials, as_plan, as_trials
 
 RANK_TOLERANCE = {"float64": 1e-10, "float32": 1e-5}

@@ -14,7 +14,7 @@ from issm._types import PRNGKey
 from issm.causal.estimates import Effect
 from issm.causal.uncertainty import as_draws_of, check_covs_of_draws, empirical_spread, spreads_of_draws
 from issm.models.emissions import GaussianEmission
-from issm.models.lgssm import is_diagonal
+from issm.models.fields import is_diagonal
 from issm.models.ssm import SSM
 
 

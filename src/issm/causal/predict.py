@@ -13,7 +13,8 @@ from issm._linalg import safe_sqrt, symmetrize
 from issm.causal.history import History, Scenario, as_scenario, plan_params
 from issm.causal.summaries import prediction_table
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, as_matrix, over_time
+from issm.models.fields import as_matrix, over_time
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.sampling import emission_means
 from issm.models.transitions import Transitions, lgssm_transitions
 

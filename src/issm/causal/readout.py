@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float
 
 from issm._check import as_float_array, check_finite, fail, is_concrete
 from issm.causal.history import Scenario
-from issm.models.lgssm import ParamsLGSSM, over_time
+from issm.models.fields import over_time
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.transitions import emission_offsets
 
 QUANTITIES = ("emissions", "states")

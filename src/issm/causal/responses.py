@@ -16,7 +16,8 @@ from issm.causal.predict import quantile_of_level
 from issm.causal.propagate import DRAWS_AT_ONCE
 from issm.causal.summaries import response_table
 from issm.causal.uncertainty import Directions, Spread, as_uncertain_parameters, empirical_spread, normal_spread
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, check_params, values_of
+from issm.models.fields import TimeVarying, values_of
+from issm.models.lgssm import ParamsLGSSM, check_params
 
 
 class Response(eqx.Module):

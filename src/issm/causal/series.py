@@ -24,7 +24,8 @@ from issm.causal.summaries import effect_table
 from issm.causal.uncertainty import Directions, as_uncertain_parameters
 from issm.inference.kalman import lgssm_filter
 from issm.interventions import no_intervention
-from issm.models.lgssm import ParamsLGSSM, as_matrix, over_time
+from issm.models.fields import as_matrix, over_time
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.transitions import emission_offsets, lgssm_transitions
 from issm.models.trials import as_trials
 

@@ -28,7 +28,8 @@ from issm.causal.responses import (
 )
 from issm.causal.summaries import response_table
 from issm.causal.uncertainty import Directions, as_uncertain_parameters
-from issm.models.lgssm import ParamsLGSSM, values_of
+from issm.models.fields import values_of
+from issm.models.lgssm import ParamsLGSSM
 
 
 class SustainedEffect(eqx.Module):

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from issm._check import as_float_array, check_covariance, check_finite, check_variances, fail
 from issm._linalg import psd_cholesky, safe_sqrt
-from issm.models.lgssm import ParamsLGSSM, is_diagonal, values_of
+from issm.models.fields import is_diagonal, values_of
+from issm.models.lgssm import ParamsLGSSM
 
 BISECTIONS = 24
 

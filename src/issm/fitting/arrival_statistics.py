@@ -17,7 +17,8 @@ from issm.fitting.mask_patterns import MaskPatterns
 from issm.fitting.regression import PatternStatistics, RowStatistics
 from issm.fitting.step_data import StepData, flat, gram, pad, pad_both, with_inputs
 from issm.inference.moments import Moments
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, as_matrix, is_diagonal, over_time
+from issm.models.fields import TimeVarying, as_matrix, is_diagonal, over_time
+from issm.models.lgssm import ParamsLGSSM
 
 MOST_PATTERNS_ONE_BY_ONE = 64
 

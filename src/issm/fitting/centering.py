@@ -6,7 +6,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, is_diagonal, values_of
+from issm.models.fields import TimeVarying, is_diagonal, values_of
+from issm.models.lgssm import ParamsLGSSM
 
 
 def mean_of_observed(emissions: Array) -> Array:

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 from issm._check import fail, is_concrete
 from issm.inference.kalman import marginal_log_prob
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, is_diagonal
+from issm.models.fields import TimeVarying, is_diagonal
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.trials import as_trials
 
 

@@ -15,7 +15,8 @@ from issm._check import fail
 from issm._linalg import safe_sqrt
 from issm.inference.kalman import lgssm_filter
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, as_matrix, over_time
+from issm.models.fields import as_matrix, over_time
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.sampling import emission_means
 from issm.models.trials import Trials, as_trials
 

@@ -12,7 +12,8 @@ from issm.fitting.regression import PatternStatistics, RowStatistics
 from issm.fitting.step_data import StepData, flat, gram, pad, with_inputs
 from issm.inference.moments import Moments
 from issm.models.emission_sums import keeps_digits
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, apply_weights, is_diagonal, over_time
+from issm.models.fields import TimeVarying, apply_weights, is_diagonal, over_time
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.transitions import emission_offsets
 
 

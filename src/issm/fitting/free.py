@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from issm._trees import apply_mask, trainable_masks
-from issm.models.lgssm import TimeVarying
+from issm.models.fields import TimeVarying
 from issm.models.nonlinear import NonlinearDynamics
 from issm.models.ssm import SSM
 

@@ -12,7 +12,8 @@ from issm.fitting.spectra import CLAMP, SOFT, UNDECIDED
 from issm.inference.kalman import marginal_log_prob
 from issm.interventions import Intervention, stimulate
 from issm.models.coordinates import transform_params
-from issm.models.lgssm import ParamsLGSSM, as_matrix, values_of
+from issm.models.fields import as_matrix, values_of
+from issm.models.lgssm import ParamsLGSSM
 
 
 class Design:

@@ -18,14 +18,8 @@ from issm.fitting.m_step import Rules
 from issm.fitting.regression import RowStatistics
 from issm.fitting.score import emission_coefficients, to_coordinates
 from issm.fitting.statistics import SufficientStatistics
-from issm.models.lgssm import (
-    ParamsLGSSM,
-    ParamsLGSSMDynamics,
-    ParamsLGSSMEmissions,
-    ParamsLGSSMInitial,
-    TimeVarying,
-    values_of,
-)
+from issm.models.fields import TimeVarying, values_of
+from issm.models.lgssm import ParamsLGSSM, ParamsLGSSMDynamics, ParamsLGSSMEmissions, ParamsLGSSMInitial
 from issm.models.trials import Trials
 
 MOST_STATES = 24  # beyond them the system of D (D + 1) equations would cost more than an E step

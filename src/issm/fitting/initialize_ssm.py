@@ -11,14 +11,10 @@ from issm._check import as_float_array, fail, is_concrete
 from issm._types import PRNGKey
 from issm.fitting.initialize import initialize_lgssm
 from issm.interventions import Intervention
-from issm.models.emissions import (
-    BernoulliEmission,
-    Emission,
-    GaussianEmission,
-    NegativeBinomialEmission,
-    PoissonEmission,
-)
-from issm.models.lgssm import make_lgssm_params, values_of
+from issm.models.discrete_emissions import BernoulliEmission, NegativeBinomialEmission, PoissonEmission
+from issm.models.emissions import Emission, GaussianEmission
+from issm.models.fields import values_of
+from issm.models.lgssm import make_lgssm_params
 from issm.models.maps import MLP, LinearMap
 from issm.models.ssm import SSM
 

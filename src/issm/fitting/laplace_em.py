@@ -23,7 +23,8 @@ from issm.fitting.stage import AdamState, Data, ascend, run_stage, start_adam
 from issm.fitting.step_data import StepData, with_inputs
 from issm.inference.laplace import approximation, find_mode, make_problem, potentials
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSMDynamics, ParamsLGSSMInitial, TimeVarying, values_of
+from issm.models.fields import TimeVarying, values_of
+from issm.models.lgssm import ParamsLGSSMDynamics, ParamsLGSSMInitial
 from issm.models.nonlinear import NonlinearDynamics
 from issm.models.ssm import SSM, companion
 from issm.models.trials import Plan, Trials

@@ -13,15 +13,8 @@ from issm._trees import all_false, all_true, trainable_masks
 from issm.fitting.priors import Priors, ResolvedPrior, resolve_prior
 from issm.fitting.regression import PatternStatistics, RowStatistics, regress_patterns, regress_rows
 from issm.fitting.statistics import SufficientStatistics
-from issm.models.lgssm import (
-    ParamsLGSSM,
-    ParamsLGSSMDynamics,
-    ParamsLGSSMEmissions,
-    ParamsLGSSMInitial,
-    TimeVarying,
-    is_diagonal,
-    values_of,
-)
+from issm.models.fields import TimeVarying, is_diagonal, values_of
+from issm.models.lgssm import ParamsLGSSM, ParamsLGSSMDynamics, ParamsLGSSMEmissions, ParamsLGSSMInitial
 
 BLOCKS = ("initial", "dynamics", "emissions")
 

@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from issm._check import is_concrete
-from issm.models.lgssm import ParamsLGSSM, is_diagonal
+from issm.models.fields import is_diagonal
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.trials import Trials
 
 

@@ -15,7 +15,8 @@ from issm.fitting.start_data import StartData
 from issm.inference.smoother import lgssm_smoother
 from issm.interventions import Intervention
 from issm.models.coordinates import transform_params
-from issm.models.lgssm import ParamsLGSSM, as_matrix, values_of
+from issm.models.fields import as_matrix, values_of
+from issm.models.lgssm import ParamsLGSSM
 
 WIDE = 100.0  # variance of the prior of a redrawn state, in units of the variance of that state
 NUM_UPDATES = 150

@@ -25,7 +25,8 @@ from issm.inference.information import along_coordinates, free_directions
 from issm.inference.likelihood import log_likelihoods
 from issm.inference.methods import choose_method
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, TimeVarying
+from issm.models.fields import TimeVarying
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.trials import Trials, as_trials
 
 LARGEST_R_HAT = 1.05

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float
 from issm.fitting.m_step import BLOCKS, BlockRules, Rules, coefficients_of, with_coefficients
 from issm.fitting.regression import PatternStatistics, RowStatistics, raise_to_floor
 from issm.fitting.statistics import SufficientStatistics
-from issm.models.lgssm import ParamsLGSSM, TimeVarying
+from issm.models.fields import TimeVarying
+from issm.models.lgssm import ParamsLGSSM
 
 
 class Coordinates(NamedTuple):

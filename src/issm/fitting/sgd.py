@@ -17,7 +17,8 @@ from issm.fitting.batches import Data, Likelihood, UserLoss, as_data, likelihood
 from issm.fitting.descent import Method, Problem, State, finish, prepare, run, run_with_bar
 from issm.fitting.sgd_result import SGDResult
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, TimeVarying
+from issm.models.fields import TimeVarying
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.trials import Trials
 
 LARGEST_FOR_LBFGS = 2000

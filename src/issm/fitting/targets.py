@@ -32,7 +32,8 @@ from issm.inference.kalman import marginal_log_prob
 from issm.inference.smoother import lgssm_smoother
 from issm.interventions import Intervention
 from issm.models.coordinates import transform_params
-from issm.models.lgssm import ParamsLGSSM, values_of
+from issm.models.fields import values_of
+from issm.models.lgssm import ParamsLGSSM
 
 LONGER = 4  # times as many updates for a second attempt
 

@@ -37,7 +37,8 @@ from issm.inference.information import (
 from issm.inference.likelihood import log_likelihoods
 from issm.inference.methods import choose_method, filter_and_smooth
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, apply_weights, as_matrix, over_time
+from issm.models.fields import TimeVarying, apply_weights, as_matrix, over_time
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.transitions import emission_offsets
 from issm.models.trials import Trials, as_trials
 

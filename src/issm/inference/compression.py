@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 from issm.inference import lanes
 from issm.inference.observations import whiten
 from issm.models.emission_sums import keeps_digits
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, is_diagonal, values_of
+from issm.models.fields import TimeVarying, is_diagonal, values_of
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.transitions import emission_offsets
 from issm.models.trials import Trials
 

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from issm.inference.kalman import marginal_log_prob
 from issm.inference.smoother import lgssm_smoother
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, apply_weights, is_diagonal, over_time
+from issm.models.fields import apply_weights, is_diagonal, over_time
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.transitions import emission_offsets
 from issm.models.trials import as_trials
 

@@ -15,7 +15,8 @@ from issm._constraints import constrain, unconstrain
 from issm._linalg import symmetrize
 from issm._trees import apply_mask, trainable_masks
 from issm.inference.likelihood import log_likelihoods
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, is_diagonal
+from issm.models.fields import TimeVarying, is_diagonal
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.trials import Trials
 
 DERIVATIVES_AT_ONCE = 8

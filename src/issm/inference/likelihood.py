@@ -25,7 +25,8 @@ from jaxtyping import Array, Float
 from issm.inference.methods import choose_method, filter_and_smooth
 from issm.inference.moments import Moments
 from issm.inference.observations import whiten
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, apply_weights, is_diagonal, values_of
+from issm.models.fields import TimeVarying, apply_weights, is_diagonal, values_of
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.transitions import emission_offsets, free_transitions
 from issm.models.trials import Trials
 

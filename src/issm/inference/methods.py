@@ -13,7 +13,8 @@ from issm.inference.moments import Moments
 from issm.inference.parallel import parallel_moments
 from issm.inference.recursions import small_moments
 from issm.inference.sqrt import sqrt_moments
-from issm.models.lgssm import ParamsLGSSM, is_diagonal, values_of
+from issm.models.fields import is_diagonal, values_of
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.trials import Trials
 
 METHODS = ("auto", "sequential", "parallel", "sqrt")

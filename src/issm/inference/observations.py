@@ -10,15 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from issm.models.lgssm import (
-    ParamsLGSSM,
-    ParamsLGSSMEmissions,
-    TimeVarying,
-    apply_weights,
-    is_diagonal,
-    over_time,
-    values_of,
-)
+from issm.models.fields import TimeVarying, apply_weights, is_diagonal, over_time, values_of
+from issm.models.lgssm import ParamsLGSSM, ParamsLGSSMEmissions
 from issm.models.transitions import emission_offsets
 
 

@@ -42,7 +42,8 @@ from issm.inference.means import (
 from issm.inference.moments import Moments
 from issm.inference.observations import whiten
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, is_diagonal, over_time, values_of
+from issm.models.fields import TimeVarying, is_diagonal, over_time, values_of
+from issm.models.lgssm import ParamsLGSSM
 from issm.models.transitions import lgssm_transitions
 from issm.models.trials import Trials
 

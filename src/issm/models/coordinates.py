@@ -9,17 +9,8 @@ from jaxtyping import Array, Bool, Float
 
 from issm._check import as_float_array, check_finite, check_shape, fail, is_concrete
 from issm.interventions import Intervention
-from issm.models.lgssm import (
-    ParamsLGSSM,
-    ParamsLGSSMDynamics,
-    ParamsLGSSMEmissions,
-    ParamsLGSSMInitial,
-    TimeVarying,
-    as_matrix,
-    check_params,
-    is_diagonal,
-    values_of,
-)
+from issm.models.fields import TimeVarying, as_matrix, is_diagonal, values_of
+from issm.models.lgssm import ParamsLGSSM, ParamsLGSSMDynamics, ParamsLGSSMEmissions, ParamsLGSSMInitial, check_params
 
 SMALLEST_CONDITION = 1e-12
 

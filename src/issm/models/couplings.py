@@ -9,13 +9,8 @@ from jaxtyping import Array, Float
 from issm._check import fail
 from issm._linalg import noise_factor
 from issm._types import PRNGKey
-from issm.models.emissions import (
-    BernoulliEmission,
-    Emission,
-    GaussianEmission,
-    NegativeBinomialEmission,
-    PoissonEmission,
-)
+from issm.models.discrete_emissions import BernoulliEmission, NegativeBinomialEmission, PoissonEmission
+from issm.models.emissions import Emission, GaussianEmission
 
 
 @singledispatch

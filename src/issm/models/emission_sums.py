@@ -8,7 +8,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, is_diagonal
+from issm.models.fields import TimeVarying, is_diagonal
+from issm.models.lgssm import ParamsLGSSM
 
 SMALLEST_SHARE = {"float64": 1e-6, "float32": 1e-2}
 """Share of a sum of squares that a difference may leave and still be trusted, to about ten and five digits."""

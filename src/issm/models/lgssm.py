@@ -1,4 +1,4 @@
-r"""The linear Gaussian state-space model under clamps: its parameters, and draws from it."""
+"""Parameters of the linear Gaussian state-space model under clamps."""
 
 from typing import Any
 from weakref import WeakValueDictionary
@@ -6,7 +6,7 @@ from weakref import WeakValueDictionary
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from issm._check import (
     as_float_array,
@@ -17,38 +17,7 @@ from issm._check import (
     fail,
     is_concrete,
 )
-
-
-class TimeVarying(eqx.Module):
-    """Marks a field of the dynamics or the emissions as one that varies in time.
-
-    Nothing is ever guessed from shapes: a field without this mark is constant.
-
-    Attributes:
-        values: The field's value at each step, leading axis num_timesteps. Entry 0 of a dynamics field is not used, since
-            the first state comes from the initial distribution.
-
-    References:
-        Särkkä & Svensson (2023), *Bayesian Filtering and Smoothing*, sec. 6.2.
-
-    Examples:
-        >>> import numpy as np
-        >>> from issm import TimeVarying
-        >>> TimeVarying(np.ones((10, 2, 2))).values.shape
-        (10, 2, 2)
-    """
-
-    values: Shaped[Array, "num_timesteps *field"]
-
-    def __init__(self, values: Any):
-        self.values = as_float_array("values", values)
-        if self.values.ndim == 0:
-            fail(
-                "values",
-                got="shape ()",
-                expected="(num_timesteps, ...)",
-                remedy="Give one entry for each step; a constant field needs no mark.",
-            )
+from issm.models.fields import TimeVarying, is_diagonal, values_of
 
 
 class ParamsLGSSMInitial(eqx.Module):
@@ -262,38 +231,6 @@ def check_params(params: ParamsLGSSM) -> None:
     _check_fields({f"params.{block}.{name}": getattr(getattr(params, block), name) for block, name in _FIELDS})
     if all(isinstance(leaf, jax.Array) and is_concrete(leaf) for leaf in jax.tree.leaves(params)):
         _checked[id(params)] = params
-
-
-def values_of(field: Array | TimeVarying) -> Array:
-    """The array of a field, with its leading time axis if it varies."""
-    return field.values if isinstance(field, TimeVarying) else field
-
-
-def is_diagonal(cov: Array | TimeVarying) -> bool:
-    """Whether a covariance field holds variances rather than matrices."""
-    return values_of(cov).ndim == (2 if isinstance(cov, TimeVarying) else 1)
-
-
-def over_time(field: Array | TimeVarying, num_timesteps: int) -> Array:
-    """The field's value at every step, leading axis num_timesteps."""
-    if isinstance(field, TimeVarying):
-        return field.values
-    return jnp.broadcast_to(field, (num_timesteps, *field.shape))
-
-
-def apply_weights(weights: Array | TimeVarying, vectors: Array) -> Array:
-    """The product with one vector for each step, `(num_timesteps, columns)` to `(num_timesteps, rows)`."""
-    if isinstance(weights, TimeVarying):
-        return jnp.einsum("tij,tj->ti", weights.values, vectors)
-    return vectors @ weights.T
-
-
-def as_matrix(cov: Array | TimeVarying) -> Array | TimeVarying:
-    """The field as full covariance matrices."""
-    if not is_diagonal(cov):
-        return cov
-    matrices = jnp.vectorize(jnp.diag, signature="(n)->(n,n)")(values_of(cov))
-    return TimeVarying(matrices) if isinstance(cov, TimeVarying) else matrices
 
 
 _checked: WeakValueDictionary[int, ParamsLGSSM] = WeakValueDictionary()

@@ -13,7 +13,8 @@ from issm._check import as_float_array, check_finite, check_shape, check_varianc
 from issm._linalg import noise_factor, safe_sqrt
 from issm._types import PRNGKey
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSMInitial, as_matrix
+from issm.models.fields import as_matrix
+from issm.models.lgssm import ParamsLGSSMInitial
 from issm.models.transitions import Transitions, clamped_transitions
 
 

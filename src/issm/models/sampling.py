@@ -12,7 +12,8 @@ from issm._check import as_array, check_key, fail
 from issm._linalg import noise_factor, safe_sqrt
 from issm._types import PRNGKey
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, apply_weights, check_params, is_diagonal, values_of
+from issm.models.fields import TimeVarying, apply_weights, is_diagonal, values_of
+from issm.models.lgssm import ParamsLGSSM, check_params
 from issm.models.transitions import emission_offsets, free_transitions
 from issm.models.trials import Plan, as_plan
 

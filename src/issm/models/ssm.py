@@ -12,15 +12,8 @@ from issm._check import check_key, common_float_dtype, fail
 from issm._types import PRNGKey
 from issm.interventions import Intervention
 from issm.models.emissions import Emission, GaussianEmission
-from issm.models.lgssm import (
-    ParamsLGSSM,
-    ParamsLGSSMDynamics,
-    ParamsLGSSMEmissions,
-    ParamsLGSSMInitial,
-    TimeVarying,
-    check_params,
-    values_of,
-)
+from issm.models.fields import TimeVarying, values_of
+from issm.models.lgssm import ParamsLGSSM, ParamsLGSSMDynamics, ParamsLGSSMEmissions, ParamsLGSSMInitial, check_params
 from issm.models.maps import MLP, LinearMap
 from issm.models.nonlinear import NonlinearDynamics, transitions_around
 from issm.models.transitions import Transitions, lgssm_transitions

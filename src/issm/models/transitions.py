@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from issm.interventions import Intervention
-from issm.models.lgssm import ParamsLGSSM, apply_weights, as_matrix, over_time, values_of
+from issm.models.fields import apply_weights, as_matrix, over_time, values_of
+from issm.models.lgssm import ParamsLGSSM
 
 
 class Transitions(eqx.Module):

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 from issm._check import as_float_array, check_finite, fail, is_concrete
 from issm.interventions import Intervention, no_intervention
 from issm.models.emission_sums import EmissionSums
-from issm.models.lgssm import ParamsLGSSM, TimeVarying, check_params
+from issm.models.fields import TimeVarying
+from issm.models.lgssm import ParamsLGSSM, check_params
 
 
 class Plan(eqx.Module):
