@@ -17,7 +17,30 @@ from issm.models.emissions import Emission, as_input_weights, check_length
 FAR_BELOW_ZERO = -15.0  # below it, the softplus is the exponential to single precision and better
 
 
-class PoissonEmission(Emission):
+class CountEmission(Emission):
+    r"""What models of counts with mean $\mu = \Delta\,\rho(\eta)$ share."""
+
+    exposure: eqx.AbstractVar[Float[Array, " #emission_dim"]]
+    link: eqx.AbstractVar[str]
+
+    def check(self, emissions: Array) -> None:
+        """Refuse what is no count."""
+        _check_counts(emissions)
+
+    def check_sizes(self, emission_dim: int) -> None:
+        """Refuse parameters that do not fit the number of emissions."""
+        super().check_sizes(emission_dim)
+        check_length("emission.exposure", self.exposure, emission_dim, one_for_all=True)
+
+    def mean(self, predictors: Float[Array, "*axes emission_dim"]) -> Float[Array, "*axes emission_dim"]:
+        r"""$\mu = \Delta\,\rho(\eta)$."""
+        return jnp.exp(self._log_mean(predictors))
+
+    def _log_mean(self, predictors: Array) -> Array:
+        return _log_link(self.link, predictors) + jnp.log(self.exposure)[(None,) * (predictors.ndim - 1)]
+
+
+class PoissonEmission(CountEmission):
     r"""Counts $y_{t,n} \sim \mathrm{Poisson}(\Delta_n\,\rho(\eta_{t,n}))$ with a rate $\rho$ above zero.
 
     Attributes:
@@ -54,19 +77,6 @@ class PoissonEmission(Emission):
         self.input_weights = as_input_weights(input_weights, self.exposure.dtype)
         self.link = _as_link(link)
 
-    def check(self, emissions: Array) -> None:
-        """Refuse what is no count."""
-        _check_counts(emissions)
-
-    def check_sizes(self, emission_dim: int) -> None:
-        """Refuse parameters that do not fit the number of emissions."""
-        super().check_sizes(emission_dim)
-        check_length("emission.exposure", self.exposure, emission_dim, one_for_all=True)
-
-    def mean(self, predictors: Float[Array, "*axes emission_dim"]) -> Float[Array, "*axes emission_dim"]:
-        r"""$\Delta\,\rho(\eta)$."""
-        return jnp.exp(self._log_mean(predictors))
-
     def log_prob(
         self, emissions: Float[Array, "*axes emission_dim"], predictors: Float[Array, "*axes emission_dim"]
     ) -> Float[Array, "*axes"]:
@@ -90,11 +100,8 @@ class PoissonEmission(Emission):
         score = jnp.where(observed, emissions - mean, 0.0) * slope
         return score, jnp.where(observed, mean * slope**2, 0.0)
 
-    def _log_mean(self, predictors: Array) -> Array:
-        return _log_link(self.link, predictors) + jnp.log(self.exposure)[(None,) * (predictors.ndim - 1)]
 
-
-class NegativeBinomialEmission(Emission):
+class NegativeBinomialEmission(CountEmission):
     r"""Counts with mean $\mu = \Delta\,\rho(\eta)$ and variance $\mu + \mu^2 / r$: a Poisson whose rate is drawn from a gamma.
 
     Attributes:
@@ -137,19 +144,10 @@ class NegativeBinomialEmission(Emission):
         self.input_weights = as_input_weights(input_weights, self.concentration.dtype)
         self.link = _as_link(link)
 
-    def check(self, emissions: Array) -> None:
-        """Refuse what is no count."""
-        _check_counts(emissions)
-
     def check_sizes(self, emission_dim: int) -> None:
         """Refuse parameters that do not fit the number of emissions."""
         super().check_sizes(emission_dim)
         check_length("emission.concentration", self.concentration, emission_dim)
-        check_length("emission.exposure", self.exposure, emission_dim, one_for_all=True)
-
-    def mean(self, predictors: Float[Array, "*axes emission_dim"]) -> Float[Array, "*axes emission_dim"]:
-        r"""$\mu = \Delta\,\rho(\eta)$."""
-        return jnp.exp(self._log_mean(predictors))
 
     def log_prob(
         self, emissions: Float[Array, "*axes emission_dim"], predictors: Float[Array, "*axes emission_dim"]
@@ -180,9 +178,6 @@ class NegativeBinomialEmission(Emission):
         share = 1 / (1 + mean / self.concentration[(None,) * (predictors.ndim - 1)])
         score = jnp.where(observed, emissions - mean, 0.0) * slope * share
         return score, jnp.where(observed, mean * slope**2 * share, 0.0)
-
-    def _log_mean(self, predictors: Array) -> Array:
-        return _log_link(self.link, predictors) + jnp.log(self.exposure)[(None,) * (predictors.ndim - 1)]
 
 
 class BernoulliEmission(Emission):
