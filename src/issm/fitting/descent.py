@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from issm._constraints import constrain, unconstrain
@@ -36,12 +37,21 @@ class Problem(eqx.Module):
 
 
 class Method(eqx.Module):
-    """What a compiled run depends on; `static` are the leaves of the parameters that are no floating-point arrays."""
+    """What a compiled run depends on.
+
+    Attributes:
+        static: Leaves of the parameters that are no floating-point arrays.
+        optimizer: The optimiser.
+        batch_size: Trials in a batch, or None.
+        lbfgs: Whether the optimiser searches along lines and has the loss already.
+        flat: Whether the coordinates are one vector: what an optimiser does to each of a dozen fields compiles for long.
+    """
 
     static: Any
     optimizer: optax.GradientTransformation
     batch_size: int | None = eqx.field(static=True)
     lbfgs: bool = eqx.field(static=True)
+    flat: bool = eqx.field(static=True)
 
 
 class State(eqx.Module):
@@ -64,7 +74,9 @@ class State(eqx.Module):
 @eqx.filter_jit
 def prepare(problem: Problem, method: Method, num_epochs: int) -> State:
     """Coordinates of the start and empty logs; what is frozen has the coordinate zero."""
-    point = jax.tree.map(lambda mask, leaf: jnp.where(mask, leaf, 0.0), problem.masks, unconstrain(problem.start))
+    point = _enter(
+        jax.tree.map(lambda mask, leaf: jnp.where(mask, leaf, 0.0), problem.masks, unconstrain(problem.start)), method
+    )
     blank = jnp.full(num_epochs + 1, jnp.nan, problem.tol.dtype)
     zero, infinite = jnp.zeros((), jnp.int32), jnp.full((), jnp.inf, problem.tol.dtype)
     memory = method.optimizer.init(point)
@@ -144,12 +156,13 @@ def _step(
         loss, gradient = optax.value_and_grad_from_state(objective)(point, state=memory)
     else:
         loss, gradient = jax.value_and_grad(objective)(point)
-    gradient = jax.tree.map(lambda mask, leaf: jnp.where(mask, leaf, 0.0), problem.masks, gradient)
+    masks = _enter(problem.masks, method)
+    gradient = jax.tree.map(lambda mask, leaf: jnp.where(mask, leaf, 0.0), masks, gradient)
     optimizer = optax.with_extra_args_support(method.optimizer)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # which optax relies on
         updates, new_memory = optimizer.update(gradient, memory, point, value=loss, grad=gradient, value_fn=objective)
-        new = apply_mask(problem.masks, optax.apply_updates(point, updates), point)
-    by_gradient, by_update = _first_broken(gradient), _first_broken(new)
+        new = apply_mask(masks, optax.apply_updates(point, updates), point)
+    by_gradient, by_update = (_first_broken(_leave(leaf, problem, method)) for leaf in (gradient, new))
     found = [
         (code != Code.RUNNING, code),
         (~jnp.isfinite(loss), jnp.int32(Code.LOSS_NOT_FINITE)),
@@ -167,7 +180,19 @@ def _step(
 
 def _parameters(point: Any, problem: Problem, method: Method) -> Any:
     """The parameters at a point; what is frozen keeps every bit."""
-    return eqx.combine(apply_mask(problem.masks, constrain(point), problem.start), method.static)
+    return eqx.combine(
+        apply_mask(problem.masks, constrain(_leave(point, problem, method)), problem.start), method.static
+    )
+
+
+def _enter(tree: Any, method: Method) -> Any:
+    """A tree like the parameters in the form of the coordinates."""
+    return ravel_pytree(tree)[0] if method.flat else tree
+
+
+def _leave(point: Any, problem: Problem, method: Method) -> Any:
+    """Coordinates in the form of the parameters."""
+    return ravel_pytree(problem.start)[1](point) if method.flat else point
 
 
 def _first_broken(tree: Any) -> Int[Array, ""]:
@@ -197,11 +222,11 @@ def run_with_bar(state: State, problem: Problem, method: Method, num_epochs: Arr
 
 
 @eqx.filter_jit
-def finish(state: State, problem: Problem) -> SGDResult:
+def finish(state: State, problem: Problem, method: Method) -> SGDResult:
     """Undo the coordinates; repeat the last entry of the logs to their end."""
     places = jnp.minimum(jnp.arange(state.losses.shape[0], dtype=jnp.int32), state.epoch)
     paths, _ = jax.tree_util.tree_flatten_with_path(problem.start)
-    params = apply_mask(problem.masks, constrain(state.best), problem.start)
+    params = apply_mask(problem.masks, constrain(_leave(state.best, problem, method)), problem.start)
     params = jax.tree.map(lambda new, old: jnp.where(state.best_epoch > 0, new, old), params, problem.start)
     watched = None
     if problem.watched is not None:

@@ -108,14 +108,15 @@ def fit_sgd(
     key = jax.random.key(0) if key is None else key
     ends = jnp.asarray(tol, dtype), jnp.asarray(patience, jnp.int32)
     problem = Problem(start, masks, data, watched, own_loss, watched_loss, *ends, key)
-    method = Method(static, optimizer, batch_size, lbfgs)
+    flat = lbfgs and len({leaf.dtype for leaf in jax.tree.leaves(start)}) == 1
+    method = Method(static, optimizer, batch_size, lbfgs, flat)
     state = prepare(problem, method, num_epochs)
     go = run_with_bar if options and is_concrete(state.code) else run
-    return _result(go(state, problem, method, jnp.asarray(num_epochs, jnp.int32)), problem, static)
+    return _result(go(state, problem, method, jnp.asarray(num_epochs, jnp.int32)), problem, method)
 
 
-def _result(state: State, problem: Problem, static: Any) -> SGDResult:
-    fit = finish(state, problem)
+def _result(state: State, problem: Problem, method: Method) -> SGDResult:
+    fit, static = finish(state, problem, method), method.static
     fit = eqx.tree_at(lambda f: f.params, fit, eqx.combine(fit.params, static), is_leaf=lambda leaf: leaf is None)
     if not is_concrete(fit.num_epochs):
         return fit
