@@ -6,6 +6,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 import issm
@@ -146,9 +147,12 @@ def test_example_runs(name):
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))])
 def test_page_runs(page, tmp_path, monkeypatch):
-    """The Python blocks of a page run, one after the other."""
+    """The Python blocks of a page run, one after the other; other libraries rely on promotion."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    for block in blocks:
-        exec(compile(block, page, "exec"), namespace)
+    by_peers = page.endswith("inside-other-libraries.md")
+    promotion = jax.numpy_dtype_promotion("standard" if by_peers else "strict")
+    with promotion, jax.numpy_rank_promotion("allow" if by_peers else "raise"):
+        for block in blocks:
+            exec(compile(block, page, "exec"), namespace)
