@@ -91,3 +91,24 @@ def test_gets_further_in_the_same_number_of_e_steps():
         np.testing.assert_allclose(fit.log_probs[-1], at_end, rtol=1e-9)
     np.testing.assert_allclose(fast.log_probs[:6], plain.log_probs[:6], rtol=1e-9)  # EM comes first
     assert fast.log_probs[-1] > plain.log_probs[-1] + 0.05  # nats that EM has not found after as many E steps
+
+
+def test_a_full_covariance_keeps_what_the_data_are_silent_about():
+    """The noise of states that are never free, given that of the others, is what EM alone leaves it: what it was."""
+    rng = np.random.default_rng(1)
+    start = issm.make_lgssm_params(
+        [0.0, 0.0], [1.0, 1.0], [[0.7, 0.2], [-0.2, 0.6]], [[0.2, 0.05], [0.05, 0.2]], rng.normal(size=(3, 2)),
+        np.diag([0.1, 0.2, 0.3]) + 0.02,
+    )  # fmt: skip
+    emissions = rng.normal(size=(3, 8, 3))
+    emissions[rng.random(emissions.shape) < 0.2] = np.nan
+    first = issm.Intervention(np.tile([True, False], (8, 1)), rng.normal(size=(8, 2)))
+    fits = [issm.fit_em(start, emissions, interventions=first, num_iters=30, accelerate=a) for a in (True, False)]
+    assert fits[0].log_probs[-1] > fits[1].log_probs[-1] + 0.01  # the search has moved
+    for fit in fits:
+        (own, shared), (_, other) = np.asarray(fit.params.dynamics.cov)
+        assert abs(other - 0.2) > 0.01
+        np.testing.assert_allclose([shared / other, own - shared**2 / other], [0.25, 0.1875], rtol=1e-9)
+    every = issm.Intervention(np.ones((8, 2), bool), rng.normal(size=(8, 2)))
+    fit = issm.fit_em(start, emissions, interventions=every, num_iters=30)
+    np.testing.assert_allclose(fit.params.dynamics.cov, start.dynamics.cov, rtol=1e-12)

@@ -129,6 +129,10 @@ CALLS = {
     "draws of the wrong model": (
         effect(parameters=jax.tree.map(lambda leaf: jnp.stack([leaf] * 5), DRIVEN)), "parameters", "leading axis"),
     "draws without an axis": (effect(parameters=PARAMS), "parameters", "leading axis"),
+    "a list of parameters": (effect(parameters=[PARAMS, PARAMS]), "parameters", "a list"),
+    "a window that is a slice": (effect(window=slice(1, 3)), "window", "dtype object"),
+    "a ragged window": (effect(window=[[1], [1, 2]]), "window", "ragged"),
+    "no level": (effect(level=None), "level", "None"),
     "one draw": (effect(parameters=jax.tree.map(lambda leaf: leaf[:1], DRAWS)), "parameters", "1 draws"),
     "draws that are NaN": (effect(parameters=jax.tree.map(lambda leaf: leaf * jnp.nan, DRAWS)), "parameters", "NaN"),
     "draws with a negative variance": (

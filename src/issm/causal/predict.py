@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -176,7 +177,10 @@ def quantile_of_level(level: Any, dtype: Any) -> Array:
 
 def check_level(level: Any) -> None:
     """Refuse a level that is no probability strictly between 0 and 1."""
-    if is_concrete(level) and (jnp.ndim(level) != 0 or isinstance(level, (bool, str)) or not 0 < float(level) < 1):
+    if not is_concrete(level):
+        return
+    number = np.asarray(level)
+    if number.ndim != 0 or number.dtype.kind not in "iuf" or not 0 < float(number) < 1:
         fail(
             "level",
             got=repr(level),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from issm._check import as_float_array, check_finite, fail, is_concrete
+from issm._check import as_array, as_float_array, check_finite, fail, is_concrete
 from issm.causal.history import Scenario
 from issm.models.fields import over_time
 from issm.models.lgssm import ParamsLGSSM
@@ -118,10 +118,10 @@ def as_window(scenario: Scenario, window: Any) -> Bool[Array, "*trials num_times
         steps = jnp.arange(num_timesteps)[:, None]
         steps = (steps >= start) & (steps < stop)
     else:
-        steps = jnp.asarray(window)
-        if steps.dtype != bool or steps.shape != (num_timesteps,):
-            _fail_window(f"dtype {steps.dtype}, shape {steps.shape}", num_timesteps)
-        steps = steps[:, None]
+        given = as_array("window", window)
+        if given.dtype != bool or given.shape != (num_timesteps,):
+            _fail_window(f"dtype {given.dtype}, shape {given.shape}", num_timesteps)
+        steps = jnp.asarray(given)[:, None]
     if is_concrete(steps) and not np.asarray(steps).any(axis=-2).all():
         fail(
             "window",

@@ -9,7 +9,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from issm._check import as_float_array, check_covariance, check_finite, check_variances, fail
+from issm._check import as_array, as_float_array, check_covariance, check_finite, check_variances, fail
 from issm._linalg import psd_cholesky, safe_sqrt
 from issm.models.fields import is_diagonal, values_of
 from issm.models.lgssm import ParamsLGSSM
@@ -65,6 +65,14 @@ def as_uncertain_parameters(params: ParamsLGSSM, parameters: Any) -> ParamsLGSSM
     if isinstance(parameters, ParamsLGSSM):
         return _checked_draws(params, parameters)
     flat, unravel = ravel_pytree(params)
+    if as_array("parameters", parameters).dtype == object:
+        fail(
+            "parameters",
+            got=f"a {type(parameters).__name__}",
+            expected="a covariance, a ParamsLGSSM of draws, or None",
+            remedy="Pass `.covariance` of a parameter covariance, `.draws` of samples or a bootstrap; stack single parameter sets with"
+            " `jax.tree.map(lambda *leaves: jnp.stack(leaves), *sets)`.",
+        )
     cov = as_float_array("parameters", parameters, flat.dtype)
     if cov.shape != (flat.size, flat.size):
         fail(

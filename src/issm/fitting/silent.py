@@ -57,10 +57,27 @@ def keep_silent(trial: ParamsLGSSM, current: ParamsLGSSM, silent: Silent) -> Par
             coefficients = coefficients.at[:, first:].add(-(quiet.known @ moved[:, :, None])[:, :, 0])
         coefficients = jnp.where(quiet.rows[:, None], before, coefficients)
         cov = new.cov
-        if isinstance(cov, jax.Array) and cov.ndim == 1:
-            cov = jnp.where(quiet.rows, old.cov, cov)
+        if isinstance(cov, jax.Array):
+            keep = _keep_conditional if cov.ndim == 2 else lambda new, old, rows: jnp.where(rows, old, new)
+            cov = keep(cov, old.cov, quiet.rows)
         blocks.append(with_coefficients(new, coefficients, cov))
     return ParamsLGSSM(*blocks)
+
+
+def _keep_conditional(new: Array, old: Array, silent: Bool[Array, " rows"]) -> Array:
+    r"""A covariance with the old regression of the silent rows s on the others o.
+
+    $Q_{so} Q_{oo}^{-1}$ and $Q_{ss} - Q_{so} Q_{oo}^{-1} Q_{os}$ stay as they were, which is what EM makes of it.
+    """
+    other = ~silent
+    eye = jnp.eye(len(silent), dtype=old.dtype)
+    both = lambda cov, rows, columns: jnp.where(rows[:, None] & columns[None], cov, 0.0)  # noqa: E731
+    across, among = both(old, silent, other), both(old, other, other) + jnp.where(silent[:, None], eye, 0.0)
+    slopes = jnp.linalg.solve(among, across.T).T
+    left = both(old, silent, silent) - slopes @ across.T
+    follows = jnp.where(other[:, None], eye, slopes)
+    kept = symmetrize(follows @ both(new, other, other) @ follows.T + left)
+    return jnp.where(silent.any(), kept, new)
 
 
 def _silent_block(block: Any, stats: RowStatistics | PatternStatistics) -> SilentBlock:

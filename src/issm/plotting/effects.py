@@ -168,11 +168,13 @@ def plot_response(
     """
     if of not in ("states", "emissions"):
         fail("of", got=repr(of), expected="'states' or 'emissions'", remedy="Draw one panel for each.")
-    course = response.per_step
-    if course is None or np.ndim(getattr(course, of)) != 2:
+    course: Any = getattr(response, "per_step", response)  # the whole result, or its steps
+    if course is None or np.ndim(getattr(course, of, ())) != 2:
         fail(
             "response",
-            got="no steps" if course is None else f"shape {np.shape(getattr(course, of))}",
+            got="no steps"
+            if course is None
+            else f"shape {np.shape(getattr(course, of, ()))} of a {type(course).__name__}",
             expected="responses (num_steps + 1, num_variables) to one source",
             remedy="Ask for `num_steps`, and for one source with `controlled_direct_effect(..., mediators=[])`.",
         )

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from issm._check import fail
+from issm.interventions import Intervention
 from issm.plotting.axes import new_axes
 
 if typing.TYPE_CHECKING:
@@ -112,6 +113,13 @@ def plot_design(
         >>> plot_design(issm.do({0: 1.0}, num_timesteps=5, state_dim=2)).get_xlabel()
         'step'
     """
+    if not isinstance(plans, Intervention):
+        fail(
+            "plans",
+            got=f"a {type(plans).__name__}",
+            expected="an Intervention, of one trial or with a trial axis",
+            remedy="Stack plans with `jax.tree.map(lambda *leaves: jnp.stack(leaves), *plans)`.",
+        )
     mask, value = (np.asarray(leaf).reshape(-1, *leaf.shape[-2:]) for leaf in (plans.mask, plans.value))
     num_trials, num_timesteps, state_dim = mask.shape
     time = np.arange(num_timesteps) if time is None else np.asarray(time)
