@@ -214,6 +214,8 @@ CALLS = {
         lambda: issm.observed_effect(PARAMS, np.array([[np.nan] * 3, [0.0] * 3]), start=1), "history.emissions", "NaN"),
     "an effect over no step": (seen(window=(1, 1)), "window", "(1, 1)"),
     "an observed effect with draws of the wrong model": (seen(parameters=PARAMS), "parameters", "leading axis"),
+    "an effect on nothing": (
+        lambda: issm.observed_effect(PARAMS, np.full((4, 3), [[0.0], [0.0], [np.nan], [np.nan]]), start=2), "emissions", "step 2"),
     "a placebo after the series": (placebo(starts=[2]), "starts", "step 2"),
     "no placebo": (placebo(starts=[]), "starts", "[]"),
     "a structure for two series": (lambda: issm.structural_model(np.zeros((9, 2))), "emissions", "(9, 2)"),

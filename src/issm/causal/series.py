@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from issm._check import fail
+from issm._check import fail, is_concrete
 from issm._linalg import symmetrize
 from issm.causal.estimates import Effect
 from issm.causal.history import History, Scenario, as_scenario, plan_params
@@ -144,6 +144,13 @@ def observed_effect(
             remedy="Steps are counted from 0; the past needs at least one.",
         )
     start = int(start)
+    if is_concrete(emissions) and np.isnan(np.asarray(emissions[start:])).all():
+        fail(
+            "emissions",
+            got=f"nothing but missing entries from step {start} on",
+            expected="something observed after the event",
+            remedy="Without it, use `interventional_prediction` with the past as `history`.",
+        )
     past = History(emissions[:start], inputs[:start] if params.input_dim else None)
     free = no_intervention(num_timesteps - start, params.state_dim)
     scenario = as_scenario(params, free, history=past, inputs=inputs[start:] if params.input_dim else None)
