@@ -98,3 +98,23 @@ def test_forward_mode_and_hessian_are_those_of_autodiff():
     with_weights = lambda f: lambda w: f(eqx.tree_at(lambda p: p.dynamics.weights, params, w), *data)  # noqa: E731
     actual, expected = (jax.jit(jax.hessian(with_weights(f)))(weights) for f in (ours, plain))
     np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_score_of_complete_data_from_sums(offset):
+    """Sums give the gradient where they keep their digits, and residuals where emissions are far from zero."""
+    rng = np.random.default_rng(11)
+    params, trials = make(rng, **CASES["diagonal, complete, shared"])
+    trials = eqx.tree_at(lambda t: t.emissions, trials, trials.emissions + offset)
+    params = eqx.tree_at(lambda p: p.emissions.bias, params, params.emissions.bias + offset)
+    ours, plain, data = functions(trials, jnp.asarray(rng.normal(size=NUM_TRIALS)))
+    actual, expected = (jax.jit(jax.grad(f))(params, *data) for f in (ours, plain))
+    for (path, found), value in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        scale = max(float(jnp.abs(value).max()), 1e-12)
+        assert float(jnp.abs(found - value).max()) < (1e-11 + 1e-15 * offset) * scale, jax.tree_util.keystr(path)
+    weights = params.emissions.weights
+    with_weights = lambda f: lambda w: f(eqx.tree_at(lambda p: p.emissions.weights, params, w), *data)  # noqa: E731
+    actual, expected = (jax.jit(jax.hessian(with_weights(f)))(weights) for f in (ours, plain))
+    np.testing.assert_allclose(actual, expected, rtol=1e-9 + 1e-14 * offset, atol=1e-10 + 1e-14 * offset)

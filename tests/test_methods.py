@@ -89,21 +89,46 @@ def test_methods_agree(shape, data, seed, clamps):
         assert_same(KERNELS[name](system.params, trials), expected)
 
 
-def test_long_trials():
-    """Covariances that settle are computed until they have, and go on where a clamp comes late."""
-    late = np.zeros((2 * STEPS_OF_BLOCK + 300, 2), bool)
-    late[-200, 0] = True
-    for mask in (np.zeros_like(late), late):
-        system = random_system(5, num_timesteps=len(late), state_dim=2, emission_dim=3, clamps="perfect")
-        system.mask[:] = mask
+@pytest.mark.parametrize("misses", [False, True])
+def test_long_trials(misses):
+    """Covariances that settle are computed until they have, and again wherever a step differs from the one before it."""
+    num_timesteps = 12 * STEPS_OF_BLOCK + 5
+    edge = 4 * STEPS_OF_BLOCK
+    windows = ((), (edge - 1,), (edge,), (edge - 3, edge + 40), (0, 1, num_timesteps - 1), range(edge, num_timesteps))
+    system = random_system(5, num_timesteps=num_timesteps, state_dim=2, emission_dim=3, clamps="perfect")
+    if misses:
+        system.emissions[7 * STEPS_OF_BLOCK + 2, 1] = np.nan
+        system.emissions[8 * STEPS_OF_BLOCK :, 2] = np.nan
+    for window in windows:
+        system.mask[:] = False
+        system.mask[list(window), 0] = True
         arguments, keywords = system.data
         trials = as_trials(system.params, *arguments, keywords["interventions"])
         actual = KERNELS["small_moments"](system.params, trials)
         assert_same(actual, KERNELS["dense_moments"](system.params, trials))
-        settled = np.asarray(actual.predicted_covs[0, STEPS_OF_BLOCK:] == actual.predicted_covs[0, -1:]).all(
-            axis=(1, 2)
-        )
-        assert settled.all() == (not mask.any())
+        if len(window) <= 2:
+            last = actual.predicted_covs[0, -2 * STEPS_OF_BLOCK :]
+            assert (last == last[-1:]).all()
+
+
+def test_covariances_that_take_long_to_settle():
+    """A state that hardly forgets and is hardly seen: what is passed over must not be what still changes."""
+    params = issm.make_lgssm_params(
+        np.zeros(2), np.ones(2), np.diag([0.99999, 0.5]), [1e-6, 0.1], np.eye(2), [1e3, 1.0]
+    )
+    trials = as_trials(params, np.random.default_rng(0).normal(size=(3000, 2)), None, None)
+    assert_same(KERNELS["small_moments"](params, trials), KERNELS["dense_moments"](params, trials))
+
+
+@pytest.mark.parametrize("cov", ["diagonal", "full"])
+@pytest.mark.parametrize("offset", [1e2, 1e6])
+def test_emissions_far_from_zero(cov, offset):
+    """Where products with the emissions would lose digits, residuals take their place."""
+    system = random_system(3, num_timesteps=6, state_dim=2, emission_dim=5, emissions_cov=cov)
+    arguments, keywords = system.data
+    params = eqx.tree_at(lambda p: p.emissions.bias, system.params, system.params.emissions.bias + offset)
+    trials = as_trials(params, np.asarray(arguments[0]) + offset, *arguments[1:], keywords["interventions"])
+    assert_same(KERNELS["small_moments"](params, trials), KERNELS["dense_moments"](params, trials), 1e-12)
 
 
 def test_many_states():

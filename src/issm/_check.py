@@ -46,6 +46,8 @@ def as_float_array(argument: str, value: Any, dtype: Any = None) -> jax.Array:
     A string, an object or a complex number is refused, a ragged list too. Without a `dtype`, floats keep theirs.
     """
     array = as_array(argument, value)
+    if isinstance(array, jax.Array) and array.dtype == dtype and jnp.issubdtype(dtype, jnp.floating):
+        return array
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         fail(
             argument,

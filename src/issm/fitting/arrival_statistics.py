@@ -106,12 +106,14 @@ def arrival_statistics(
         pattern_weights = pattern_weights * data.pattern_count[:, None, None]
         shared = unclamped and not isinstance(cov, TimeVarying)
         one = slice(0, 1) if shared else slice(None)
+        weighted = found.residuals if shared and data.complete else weights * found.residuals
+        gram_weights = None if shared and data.complete else weights[..., one]
         rows = found.residuals.shape[-1]
         return RowStatistics(
-            gram=gram(found.regressors, found.regressor_covs, weights[..., one], pattern_weights[..., one]),
-            cross=flat(weights * found.residuals).T @ flat(found.regressors)
+            gram=gram(found.regressors, found.regressor_covs, gram_weights, pattern_weights[..., one]),
+            cross=flat(weighted).T @ flat(found.regressors)
             + pad(jnp.einsum("gti,gtip->ip", pattern_weights, found.cross_covs), found.regressors.shape[-1]),
-            second=(weights * found.residuals**2).sum(axis=(0, 1))
+            second=(weighted * found.residuals).sum(axis=(0, 1))
             + jnp.einsum("gti,gtii->i", pattern_weights, found.residual_covs).reshape(rows),
             count=weights.sum(axis=(0, 1)),
         )
@@ -128,9 +130,14 @@ def _pattern_statistics(
     chosen = index[data.trials.representatives]
     pattern_weights = data.pattern_alive[:, steps].astype(data.dtype) * data.pattern_count[:, None]
     both = jnp.concatenate([flat(found.residuals), flat(found.regressors)], axis=1)
-    second = _group_products(both, weights.reshape(-1), index.reshape(-1), num_masks)
+    if unclamped and data.complete:
+        second = (both.T @ both)[None]
+    else:
+        second = _group_products(both, weights.reshape(-1), index.reshape(-1), num_masks)
 
     def add(covs: Array) -> Array:
+        if num_masks == 1:
+            return jnp.einsum("gt,gtij->ij", pattern_weights, covs)[None]
         weighted = (covs * pattern_weights[..., None, None]).reshape(chosen.size, *covs.shape[2:])
         return jax.ops.segment_sum(weighted, chosen.reshape(-1), num_masks)
 

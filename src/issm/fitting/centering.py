@@ -8,15 +8,30 @@ from jaxtyping import Array
 
 from issm.models.fields import TimeVarying, is_diagonal, values_of
 from issm.models.lgssm import ParamsLGSSM
+from issm.models.trials import Trials
 
 
-def mean_of_observed(emissions: Array) -> Array:
+def mean_of_observed(trials: Trials) -> Array:
     """Mean of the observed entries of each channel; zero where there are none."""
+    emissions = trials.emissions
+    if not trials.may_miss:
+        reference = emissions.mean(axis=(0, 1))
+        return reference + (emissions - reference[None, None]).mean(axis=(0, 1))
     observed = ~jnp.isnan(emissions)
     count = observed.sum(axis=(0, 1)).astype(emissions.dtype)
     reference = jnp.where(observed, emissions, 0.0).sum(axis=(0, 1)) / jnp.maximum(count, 1)
     rest = jnp.where(observed, emissions - reference[None, None], 0.0).sum(axis=(0, 1)) / jnp.maximum(count, 1)
     return reference + rest
+
+
+def variance_of_observed(trials: Trials, mean: Array) -> Array:
+    """Variance of the observed entries of each channel around its mean."""
+    centered = trials.emissions - mean[None, None]
+    if not trials.may_miss:
+        return (centered**2).mean(axis=(0, 1))
+    observed = ~jnp.isnan(centered)
+    count = jnp.maximum(observed.sum(axis=(0, 1)), 1).astype(centered.dtype)
+    return jnp.where(observed, centered**2, 0.0).sum(axis=(0, 1)) / count
 
 
 def shift_bias(params: ParamsLGSSM, by: Array) -> ParamsLGSSM:
@@ -26,20 +41,19 @@ def shift_bias(params: ParamsLGSSM, by: Array) -> ParamsLGSSM:
     return eqx.tree_at(lambda p: p.emissions.bias, params, new)
 
 
-def count_observed(emissions: Array) -> Array:
+def count_observed(trials: Trials) -> Array:
     """Number of observed entries."""
-    return (~jnp.isnan(emissions)).sum().astype(emissions.dtype)
+    emissions = trials.emissions
+    count = (~jnp.isnan(emissions)).sum() if trials.may_miss else jnp.asarray(emissions.size)
+    return count.astype(emissions.dtype)
 
 
-def variance_floor(params: ParamsLGSSM, emissions: Array) -> Array:
-    """Smallest emission variances: a rounding-sized share of each channel's variance, and never above where the fit starts.
+def variance_floor(params: ParamsLGSSM, variances: Array) -> Array:
+    """Smallest emission variances: a rounding-sized share of each channel's `variances`, and never above where the fit starts.
 
     Without one the likelihood has no maximum for a constant channel, or one that the states explain exactly.
     """
-    dtype = emissions.dtype
-    observed = ~jnp.isnan(emissions)
-    centered = jnp.where(observed, emissions - mean_of_observed(emissions)[None, None], 0.0)
-    variances = (centered**2).sum(axis=(0, 1)) / jnp.maximum(observed.sum(axis=(0, 1)), 1).astype(dtype)
+    dtype = variances.dtype
     typical = variances.sum() / jnp.maximum((variances > 0).sum(), 1).astype(dtype)
     start = values_of(params.emissions.cov)
     if isinstance(params.emissions.cov, TimeVarying):

@@ -111,7 +111,7 @@ def improve(params: ParamsLGSSM, trials: Trials, num_iters: int, tol: float = 0.
 def _pose(params: ParamsLGSSM, trials: Trials, rules: Rules, num_iters: int, tol: Any) -> Problem:
     dtype = params.initial.mean.dtype
     patterns = find_patterns(params, trials)
-    numbers = count_observed(trials.emissions)
+    numbers = count_observed(trials)
     return Problem(trials, patterns, rules, jnp.asarray(tol, dtype), jnp.asarray(num_iters, jnp.int32), numbers)
 
 

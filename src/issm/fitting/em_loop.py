@@ -15,6 +15,7 @@ from issm.fitting.centering import (
     mean_of_observed,
     shift_bias,
     variance_floor,
+    variance_of_observed,
 )
 from issm.fitting.m_step import Rules, log_prior, m_step
 from issm.fitting.mask_patterns import Patterns
@@ -72,8 +73,8 @@ class EMState(eqx.Module):
 @partial(jax.jit, static_argnames=("num_places", "accelerate"))
 def prepare(params: ParamsLGSSM, problem: Problem, num_places: int, accelerate: bool) -> tuple[Problem, EMState, Array]:
     """Center the emissions, and set up the loop."""
-    center = mean_of_observed(problem.trials.emissions)
-    floor = variance_floor(params, problem.trials.emissions)
+    center = mean_of_observed(problem.trials)
+    floor = variance_floor(params, variance_of_observed(problem.trials, center))
     params = shift_bias(params, center)
     blank = jnp.full(num_places, jnp.nan, params.initial.mean.dtype)
     zero = jnp.zeros((), jnp.int32)

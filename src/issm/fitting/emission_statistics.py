@@ -1,6 +1,7 @@
 """What the emissions are learned from: residuals and smoothed states of every step, one trial at a time."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,11 +54,9 @@ def _row_emission_statistics(
         return weighted.T @ regressors, (weighted * residuals).sum(axis=0)
 
     regressors = with_inputs(states, data.inputs)
-    cross, second = _from_data(
-        params, regressors, data, lambda: _sum_over_trials(params, states, regressors, data, add, weights)
-    )
+    cross, second = _from_data(params, regressors, data, partial(_sum_over_trials, params, data, add, weights))
     return RowStatistics(
-        gram=gram(regressors, state_covs, weights, pattern_weights),
+        gram=gram(regressors, state_covs, None if shared else weights, pattern_weights),
         cross=cross - pad(cross_covs, regressors.shape[-1]),
         second=second + spread,
         count=jnp.broadcast_to(weights.sum(axis=(0, 1)), second.shape),
@@ -99,12 +98,10 @@ def _correlated_emission_statistics(
 
     regressors = with_inputs(states, data.inputs)
     pattern = data.trials.spread(jnp.arange(data.num_patterns))
-    cross, second = _from_data(
-        params, regressors, data, lambda: _sum_over_trials(params, states, regressors, data, add, used, pattern)
-    )
+    cross, second = _from_data(params, regressors, data, partial(_sum_over_trials, params, data, add, used, pattern))
     return PatternStatistics(
         free=jnp.ones((1, emission_dim), bool),
-        gram=gram(regressors, state_covs, used, pattern_weights[:, :, None]),
+        gram=gram(regressors, state_covs, None if data.observed is None else used, pattern_weights[:, :, None]),
         cross=(cross - pad(cross_covs, regressors.shape[-1]))[None],
         second=(second + second_covs)[None],
         count=used.sum()[None],
@@ -120,36 +117,44 @@ def _by_map(params: ParamsLGSSM, rows: Array, covs: Array) -> tuple[Array, Array
 
 
 def _from_data(
-    params: ParamsLGSSM, regressors: Array, data: StepData, from_residuals: Callable[[], tuple[Array, Array]]
+    params: ParamsLGSSM, regressors: Array, data: StepData, from_residuals: Callable[..., tuple[Array, Array]]
 ) -> tuple[Array, Array]:
     r"""$\sum e z^\top$ and $\sum e e^\top$ of the means z: from the sums of the data where these keep enough digits."""
-    sums = data.trials.sums
+    sums, means = data.trials.sums, flat(regressors)
     if sums is None:
-        return from_residuals()
+        return from_residuals(regressors=means)
     block = params.emissions
     coefficients = jnp.concatenate([block.weights, block.input_weights, block.bias[:, None]], axis=1)  # type: ignore[list-item]
-    means = flat(regressors)
-    cross = flat(data.emissions).T @ means
+    cross = (
+        means.T @ flat(data.emissions)
+    ).T  # few rows by many columns: the other way round, the product takes longer
     cross_after = cross - coefficients @ (means.T @ means)
     second = sums.less(coefficients, cross, cross_after)
     left = second if second.ndim == 1 else jnp.diagonal(jnp.linalg.cholesky(second)) ** 2
     total = sums.second if second.ndim == 1 else jnp.diagonal(sums.second)
-    return lax.cond(keeps_digits(left, total), lambda: (cross_after, second), from_residuals)
+    return lax.cond(
+        keeps_digits(left, total),
+        lambda means: (cross_after, second),
+        lambda means: from_residuals(regressors=means),
+        means,
+    )
 
 
 def _sum_over_trials(
-    params: ParamsLGSSM, states: Array, regressors: Array, data: StepData, add: Callable[..., Any], *others: Array
+    params: ParamsLGSSM, data: StepData, add: Callable[..., Any], *others: Array, regressors: Array
 ) -> Any:
     """Sum of `add(residuals, regressors, *others)`, trial by trial: residuals of all trials would be another copy of Y."""
 
     def one(at: tuple[Array, ...]) -> Any:
-        emissions, states, inputs, regressors, *others = at
-        residuals = emissions - apply_weights(params.emissions.weights, states) - emission_offsets(params, inputs)
+        emissions, inputs, regressors, *others = at
+        states = apply_weights(params.emissions.weights, regressors[:, : params.state_dim])
+        residuals = emissions - states - emission_offsets(params, inputs)
         if data.observed is not None:
             residuals = jnp.where(jnp.isnan(emissions), 0.0, residuals)
         return add(residuals, regressors, *others)
 
-    trials = (data.emissions, states, data.inputs, regressors, *others)
+    by_trial = regressors.reshape(*data.emissions.shape[:2], -1)
+    trials = (data.emissions, data.inputs, by_trial, *others)
     nothing = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
         jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], trials)),

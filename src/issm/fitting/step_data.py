@@ -20,6 +20,7 @@ class StepData:
         self.inputs = spread(trials.plan.inputs, num_trials)
         free = ~trials.plan.intervention.mask
         self.observed = ~jnp.isnan(trials.emissions) if trials.may_miss else None
+        self.complete = self.observed is None and counted is None
         alive = jnp.ones((num_trials, num_timesteps), bool)
         if self.observed is not None:
             # Steps after the last observation of a trial say nothing: leaving them out is exact, and quicker to converge.
@@ -39,10 +40,11 @@ class StepData:
             self.pattern_count = jnp.zeros(self.num_patterns, self.dtype).at[trials.pattern].add(1.0)
 
 
-def gram(regressors: Array, covs: Array, weights: Array, pattern_weights: Array) -> Array:
-    r"""$\sum E[z z^\top]$ with one weight for each step and row."""
+def gram(regressors: Array, covs: Array, weights: Array | None, pattern_weights: Array) -> Array:
+    r"""$\sum E[z z^\top]$ with one weight for each step and row; None: all are one, and all rows alike."""
     rows = flat(regressors)
-    means = lax.map(lambda weight: (rows * weight[:, None]).T @ rows, flat(weights).T)
+    one = lambda weight: (rows * weight[:, None]).T @ rows  # noqa: E731
+    means = (rows.T @ rows)[None] if weights is None else lax.map(one, flat(weights).T)
     return means + pad_both(jnp.einsum("gtr,gtij->rij", pattern_weights, covs), rows.shape[1])
 
 

@@ -69,7 +69,10 @@ def _whitener(params: ParamsLGSSM) -> tuple[Array, Array]:
 
 
 def _offsets(params: ParamsLGSSM, inputs: Array) -> Array:
-    """$D u_t + d$, `(num_trials or 1, num_timesteps, emission_dim)`."""
+    """$D u_t + d$, `(num_trials or 1, num_timesteps or 1, emission_dim)`."""
+    bias = params.emissions.bias
+    if params.input_dim == 0 and not isinstance(bias, TimeVarying):
+        return bias[None, None]
     if inputs.ndim == 2:
         return emission_offsets(params, inputs)[None]
     return jax.vmap(emission_offsets, in_axes=(None, 0))(params, inputs)
@@ -88,23 +91,47 @@ def _compress_complete(params: ParamsLGSSM, trials: Trials) -> Compressed:
         return Compressed(rows[None, :, :, None], jnp.transpose(values, (1, 2, 0)), log_norm, jnp.zeros_like(log_norm))
     rotation, rows = jnp.linalg.qr(rows)
 
-    def one(emissions: Array, offsets: Array) -> tuple[Array, Array]:
-        whitened = _apply(whitener, emissions - offsets)
-        values = whitened @ rotation
-        return values, ((whitened - values @ rotation.T) ** 2).sum(axis=-1)
+    def from_residuals() -> tuple[Array, Array]:
+        one = lambda y, offsets: _project(_apply(whitener, y - offsets), rotation)  # noqa: E731
+        values, squares = _by_trial(one, params, trials)
+        return jnp.transpose(values, (1, 2, 0)), squares
 
+    inputs, emissions = trials.plan.inputs, trials.emissions
+    if trials.sums is None and inputs.ndim == 3:  # offsets of every trial would be another copy of Y
+        values, unexplained = from_residuals()
+        return Compressed(rows[None, :, :, None], values, log_norm, unexplained)
+
+    projection = whitener[:, None] * rotation if whitener.ndim == 1 else whitener.T @ rotation
+    values = jnp.transpose(emissions @ projection - _projected_offsets(params, inputs, projection), (1, 2, 0))
+    explained = (values**2).sum(axis=1).T
     if trials.sums is None:
-        values, unexplained = _by_trial(one, params, trials)
+        of_offsets = _apply(whitener, _offsets(params, inputs))
+        total = ((_apply(whitener, emissions) - of_offsets) ** 2).sum(axis=-1)
+        left = total - explained
+        enough = keeps_digits(left + emission_dim, total + (of_offsets**2).sum(axis=-1))
+        found = lax.cond(enough, lambda: (values, left), from_residuals)
     else:
-        projection = whitener[:, None] * rotation if whitener.ndim == 1 else whitener.T @ rotation
-        values = trials.emissions @ projection - _offsets(params, trials.plan.inputs) @ projection
         second = trials.sums.less_offsets(params)
         whitened = second * whitener**2 if second.ndim == 1 else (whitener @ second) * whitener
         total = whitened.sum()
-        left = total - (values**2).sum()
-        unexplained = lax.cond(keeps_digits(left, total), lambda: left, lambda: _by_trial(one, params, trials)[1].sum())
-        unexplained = jnp.full((1, values.shape[1]), unexplained / values[..., 0].size)
-    return Compressed(rows[None, :, :, None], jnp.transpose(values, (1, 2, 0)), log_norm, unexplained)
+        left = total - explained.sum()
+        unexplained = lax.cond(keeps_digits(left, total), lambda: left, lambda: from_residuals()[1].sum())
+        found = values, jnp.full((1, explained.shape[1]), unexplained / explained.size)
+    return Compressed(rows[None, :, :, None], found[0], log_norm, found[1])
+
+
+def _project(whitened: Array, rotation: Array) -> tuple[Array, Array]:
+    """The few rows z, and the squares of what they leave."""
+    values = whitened @ rotation
+    return values, ((whitened - values @ rotation.T) ** 2).sum(axis=-1)
+
+
+def _projected_offsets(params: ParamsLGSSM, inputs: Array, projection: Array) -> Array:
+    """What $D u_t + d$ adds to z, without an array of the size of the data."""
+    if inputs.ndim == 2:
+        return _offsets(params, inputs) @ projection
+    weights, bias = (values_of(field) for field in (params.emissions.input_weights, params.emissions.bias))
+    return inputs @ (weights.T @ projection) + bias @ projection
 
 
 def _compress_diagonal(params: ParamsLGSSM, trials: Trials) -> Compressed:

@@ -22,6 +22,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
+from issm.inference.emission_score import has_sums, score_from_sums
 from issm.inference.methods import choose_method, filter_and_smooth
 from issm.inference.moments import Moments
 from issm.inference.observations import whiten
@@ -88,7 +89,17 @@ def _transition_tangent(params: ParamsLGSSM, trials: Trials, moments: Moments, t
 
 
 def _emission_tangent(params: ParamsLGSSM, trials: Trials, moments: Moments, tangents: tuple) -> Array:
-    """The part that comes through the emissions, `(num_trials,)`; trials are visited one by one to save memory."""
+    """The part that comes through the emissions, `(num_trials,)`."""
+    params_tangent, trials_tangent = tangents
+    is_fixed = lambda leaf: isinstance(leaf, SymbolicZero) or leaf.size == 0  # noqa: E731
+    fixed_data = is_fixed(trials_tangent.emissions) and is_fixed(trials_tangent.plan.inputs)
+    if fixed_data and has_sums(params, trials):
+        return score_from_sums(params, trials, moments).along(_instantiate(params_tangent))
+    return _tangent_by_trial(params, trials, moments, tangents)
+
+
+def _tangent_by_trial(params: ParamsLGSSM, trials: Trials, moments: Moments, tangents: tuple) -> Array:
+    """The same for any model and any tangent, by differentiating what is expected; trials are visited one by one to save memory."""
     params_tangent, trials_tangent = tangents
     differentiates_data = not isinstance(trials_tangent.emissions, SymbolicZero)
     pattern = trials.spread(jnp.arange(trials.num_patterns))

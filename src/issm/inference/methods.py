@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from issm._check import fail, is_concrete
+from issm._once import look_once
 from issm.inference.dense import dense_moments
 from issm.inference.moments import Moments
 from issm.inference.parallel import parallel_moments
@@ -51,16 +52,25 @@ def choose_method(method: str, params: ParamsLGSSM, trials: Trials) -> str:
     for at least `SHORTEST_PARALLEL` steps on a GPU or TPU, and "sequential" anywhere else: on a CPU the scan in parallel
     does several times the work for nothing.
 
-    While JAX traces the parameters (inside the caller's own `jit`, `grad` or `vmap`, or in an iteration of EM) nothing can be
-    looked at. Double precision then takes the plain kernel. Single precision stays "auto": both kernels are compiled and
+    While JAX traces the parameters (as arguments of the caller's own `jit`, `grad` or `vmap`, or in an iteration of EM) nothing can
+    be looked at. Double precision then takes the plain kernel. Single precision stays "auto": both kernels are compiled and
     the values decide at run time which one runs. Under `vmap` over parameters both run; give the method by name there.
     """
     if method != "auto":
         return method
-    stressed = is_stressed(params)
-    if is_concrete(stressed):
-        return "sqrt" if stressed else _plain_method(trials)
-    return "auto" if params.initial.mean.dtype == jnp.float32 else _plain_method(trials)
+    stressed = _look_for_stress(params)
+    if stressed is None and params.initial.mean.dtype == jnp.float32:
+        return "auto"
+    return "sqrt" if stressed else _plain_method(trials)
+
+
+@look_once
+def _look_for_stress(params: ParamsLGSSM) -> bool | None:
+    """Whether `is_stressed`, or None where it is not known."""
+    if not all(map(is_concrete, jax.tree.leaves(params))):
+        return None
+    with jax.ensure_compile_time_eval():  # the parameters may be known although the caller is being traced
+        return bool(is_stressed(params))
 
 
 @jax.jit

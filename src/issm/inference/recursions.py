@@ -23,8 +23,14 @@ from issm.models.trials import Chunks, Plan, Trials
 MOST_UNROLLED_ROWS = 3
 """Loops over more rows than this stay loops: unrolled, they compile slowly and fuse badly."""
 
-STEPS_OF_BLOCK = 1024
-"""Steps of one pattern that are computed together: their small matrices fit into a processor's cache."""
+STEPS_OF_BLOCK = 32
+"""Steps of one pattern that are computed together: enough lanes for a vectorised loop, few enough to stop soon after settling."""
+
+FEWEST_ENTRIES_IN_BLOCKS = 1024
+"""Covariances of fewer entries, over all steps, are one block: to divide them costs more than to compute them."""
+
+STEPS_WITHOUT_CHANGE = 8
+"""Covariances that have not changed over so many equal steps at the end of a block have settled."""
 
 
 def small_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
@@ -120,14 +126,17 @@ def _run_covariances(weights: Array, covs: Array, rows: Array, num_lanes: int) -
 def _run_blocks(start: Array, steps: tuple[Array, ...], rows: Array) -> _Updates:
     """The recursion of one pattern, in blocks of steps: within a block everything but the recursion has the steps as lanes.
 
-    Where all steps are alike the covariances settle, and a block that ends as it began is the last that is computed.
+    Once the covariances have settled, the blocks that follow are passed over up to the first in which some step differs from the
+    one before it; their updates are those of the last step that was computed.
     """
     num_timesteps, dtype = steps[0].shape[0], start.dtype
-    size = min(num_timesteps, STEPS_OF_BLOCK)
+    few = start.size * num_timesteps < FEWEST_ENTRIES_IN_BLOCKS
+    size = num_timesteps if few else min(num_timesteps, STEPS_OF_BLOCK)
     num_blocks = -(-num_timesteps // size)
     rest = num_blocks * size - num_timesteps
-    blocks = [jnp.pad(x, ((0, rest), *((0, 0),) * 3)).reshape(num_blocks, size, *x.shape[1:]) for x in steps]
-    alike = jnp.stack([(x[1:] == x[-1:]).all() for x in steps]).all()
+    blocks = [
+        jnp.pad(x, ((0, rest), *((0, 0),) * 3), mode="edge").reshape(num_blocks, size, *x.shape[1:]) for x in steps
+    ]
     as_lanes = lambda x: jnp.moveaxis(x[..., 0], 0, -1)  # noqa: E731
     as_steps = lambda x: jnp.moveaxis(x, -1, 0)[..., None]  # noqa: E731
 
@@ -141,34 +150,45 @@ def _run_blocks(start: Array, steps: tuple[Array, ...], rows: Array) -> _Updates
         updates = _update(as_lanes(predicted), as_lanes(at[2]) if len(at) == 3 else rows[0])[1]
         return cov, jax.tree.map(as_steps, updates)
 
+    def is_settled(predicted: Array) -> Array:
+        now, before = predicted[-1], predicted[-1 - STEPS_WITHOUT_CHANGE]
+        scale = jnp.einsum("iil->il", now)
+        change = (now - before) ** 2 / jnp.maximum(scale[:, None] * scale[None], jnp.finfo(dtype).tiny)
+        return (change <= (4 * jnp.finfo(dtype).eps) ** 2).all()
+
     if num_blocks == 1:
         return block(start, steps)[1]
     shapes = jax.eval_shape(block, start, tuple(x[0] for x in blocks))[1]
     blank = jax.tree.map(lambda leaf: jnp.zeros((num_blocks, *leaf.shape), leaf.dtype), shapes)
-
-    def unsettled(carry: tuple) -> Array:
-        index, _, settled, _ = carry
-        return (index < num_blocks) & ~settled
+    quiet, next_different = _find_changes(blocks)
 
     def run(carry: tuple) -> tuple:
-        index, cov, _, found = carry
+        index, cov, computed, found = carry
         here = [lax.dynamic_index_in_dim(x, index, keepdims=False) for x in blocks]
         after, updates = block(cov, tuple(here))
         found = jax.tree.map(lambda all, x: lax.dynamic_update_index_in_dim(all, x, index, 0), found, updates)
-        scale = jnp.einsum("iil->il", after)
-        change = (after - cov) ** 2 / jnp.maximum(scale[:, None] * scale[None], jnp.finfo(dtype).tiny)
-        settled = alike & (change <= (4 * jnp.finfo(dtype).eps) ** 2).all()
-        return index + 1, after, settled, found
+        settled = quiet[index] & is_settled(updates.predicted)
+        return jnp.where(settled, next_different[index], index + 1), after, computed.at[index].set(True), found
 
-    count, _, _, found = lax.while_loop(unsettled, run, (jnp.zeros((), jnp.int32), start, jnp.zeros((), bool), blank))
-    computed = (jnp.arange(num_timesteps, dtype=count.dtype) < count * size).reshape(-1, 1, 1, 1)
+    carry = (jnp.zeros((), jnp.int32), start, jnp.zeros(num_blocks, bool), blank)
+    _, _, computed, found = lax.while_loop(lambda carry: carry[0] < num_blocks, run, carry)
+    numbers = jnp.arange(num_blocks, dtype=jnp.int32)
+    last_of_computed = lax.cummax(jnp.where(computed, (numbers + 1) * size - 1, 0))
+    places = jnp.arange(num_blocks * size, dtype=jnp.int32).reshape(num_blocks, size)
+    places = jnp.where(computed[:, None], places, last_of_computed[:, None]).reshape(-1)[:num_timesteps]
+    return jax.tree.map(lambda leaf: jnp.take(leaf.reshape(-1, *leaf.shape[2:]), places, axis=0), found)
 
-    def fill(leaf: Array) -> Array:
-        flat = leaf.reshape(num_blocks * size, *leaf.shape[2:])
-        last = lax.dynamic_index_in_dim(flat, count * size - 1, keepdims=True)
-        return jnp.where(computed.reshape(-1, *(1,) * (flat.ndim - 1)), flat[:num_timesteps], last)
 
-    return jax.tree.map(fill, found)
+def _find_changes(blocks: list[Array]) -> tuple[Array, Array]:
+    """Which blocks end with `STEPS_WITHOUT_CHANGE` steps like the step before, and the next block after each that has a change."""
+    num_blocks, size = blocks[0].shape[:2]
+    flat = [x.reshape(num_blocks * size, -1) for x in blocks]
+    differs = jnp.stack([(x[1:] != x[:-1]).any(axis=1) for x in flat]).any(axis=0)
+    differs = jnp.pad(differs, (1, 0), constant_values=True).reshape(num_blocks, size)
+    numbers = jnp.arange(num_blocks, dtype=jnp.int32)
+    at_or_after = lax.cummin(jnp.where(differs.any(axis=1), numbers, num_blocks), reverse=True)
+    next_different = jnp.pad(at_or_after[1:], (0, 1), constant_values=num_blocks)
+    return ~differs[:, -STEPS_WITHOUT_CHANGE:].any(axis=1), next_different
 
 
 def _predict(cov: Array, weights: Array, noise: Array) -> Array:
@@ -227,14 +247,17 @@ def _update(predicted: Array, rows: Array) -> tuple[Array, _Updates]:
 
 
 def _recursion(matrices: Array, drive: Array, reverse: bool = False) -> Array:
-    """The vectors x_t = W_t x_{t-1} + b_t, forwards or backwards, from zero."""
+    """The vectors x_t = W_t x_{t-1} + b_t, forwards or backwards, from zero; they take the place of b_t, without another array."""
+    num_steps = drive.shape[0]
 
-    def step(vector: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
-        matrix, shift = at
+    def step(count: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        vector, vectors = carry
+        t = num_steps - 1 - count if reverse else count
+        matrix, shift = (lax.dynamic_index_in_dim(x, t, keepdims=False) for x in (matrices, vectors))
         vector = lanes.matvec(matrix, vector) + shift
-        return vector, vector
+        return vector, lax.dynamic_update_index_in_dim(vectors, vector, t, axis=0)
 
-    return lax.scan(step, jnp.zeros_like(drive[0]), (matrices, drive), reverse=reverse)[1]
+    return lax.fori_loop(0, num_steps, step, (jnp.zeros_like(drive[0]), drive))[1]
 
 
 def _informations(propagated: Array, information: Array) -> Array:

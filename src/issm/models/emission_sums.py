@@ -48,10 +48,9 @@ def sum_emissions(params: ParamsLGSSM, emissions: Array, inputs: Array) -> Emiss
         return None
     num_trials, num_timesteps, _ = emissions.shape
     known = jnp.concatenate([inputs, jnp.ones((*inputs.shape[:-1], 1), inputs.dtype)], axis=-1)
-    if known.ndim == 2:
-        cross, gram = jnp.einsum("tn,tv->nv", emissions.sum(axis=0), known), num_trials * (known.T @ known)
-    else:
-        cross, gram = jnp.einsum("ktn,ktv->nv", emissions, known), jnp.einsum("ktv,ktw->vw", known, known)
+    known = jnp.broadcast_to(known, (num_trials, num_timesteps, known.shape[-1]))
+    rows = jnp.swapaxes(known, 1, 2)  # few rows by many columns: the other way round, the product takes longer
+    cross, gram = (rows @ emissions).sum(axis=0).T, (rows @ known).sum(axis=0)
     if is_diagonal(params.emissions.cov):
         return EmissionSums((emissions**2).sum(axis=(0, 1)), cross, gram)
     flat = emissions.reshape(num_trials * num_timesteps, -1)

@@ -1,10 +1,8 @@
 """Parameters of the linear Gaussian state-space model under clamps."""
 
 from typing import Any
-from weakref import WeakValueDictionary
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -15,8 +13,8 @@ from issm._check import (
     check_variances,
     common_float_dtype,
     fail,
-    is_concrete,
 )
+from issm._once import look_once
 from issm.models.fields import TimeVarying, is_diagonal, values_of
 
 
@@ -226,15 +224,13 @@ def check_params(params: ParamsLGSSM) -> None:
             expected="a ParamsLGSSM",
             remedy="Build one with `make_lgssm_params`.",
         )
-    if params is _checked.get(id(params)):
-        return
+    _check_once(params)
+
+
+@look_once
+def _check_once(params: ParamsLGSSM) -> None:
     _check_fields({f"params.{block}.{name}": getattr(getattr(params, block), name) for block, name in _FIELDS})
-    if all(isinstance(leaf, jax.Array) and is_concrete(leaf) for leaf in jax.tree.leaves(params)):
-        _checked[id(params)] = params
 
-
-_checked: WeakValueDictionary[int, ParamsLGSSM] = WeakValueDictionary()
-"""Parameters that need no second look: neither they nor their arrays can change."""
 
 _FIELDS = {
     ("initial", "mean"): ("state_dim",),

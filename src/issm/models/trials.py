@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from issm._check import as_float_array, check_finite, fail, is_concrete
+from issm._once import look_once
 from issm.interventions import Intervention, no_intervention
 from issm.models.emission_sums import EmissionSums
 from issm.models.fields import TimeVarying
@@ -253,6 +254,7 @@ def _surely_finite(emissions: Array) -> Array:
     return jnp.isfinite(emissions @ jnp.ones(emissions.shape[-1], emissions.dtype)).all()
 
 
+@look_once
 def _may_miss(emissions: Array) -> bool:
     if not is_concrete(emissions):
         return True
@@ -291,10 +293,17 @@ def _group(emissions: Array, intervention: Intervention, may_miss: bool) -> tupl
         return _one_pattern(), None, None
     if not all(is_concrete(array) for array in (emissions, *decisive)):
         return jnp.arange(num_trials), None, None
+    return _group_known(emissions, *decisive)
+
+
+@look_once
+def _group_known(emissions: Array, *decisive: Array) -> tuple[Array, Array | None, Chunks | None]:
+    """Group trials by their missing entries and by their part of the arrays in `decisive`."""
     arrays = [np.asarray(array) for array in decisive]
-    if may_miss:
+    if _may_miss(emissions):
         arrays.append(np.isnan(np.asarray(emissions)))
     first_with: dict[bytes, int] = {}
+    num_trials = emissions.shape[0]
     first = [first_with.setdefault(b"".join(array[k].tobytes() for array in arrays), k) for k in range(num_trials)]
     representatives, pattern = np.unique(first, return_inverse=True)
     if len(representatives) in (1, num_trials):
