@@ -125,9 +125,7 @@ def _from_data(
         return from_residuals(regressors=means)
     block = params.emissions
     coefficients = jnp.concatenate([block.weights, block.input_weights, block.bias[:, None]], axis=1)  # type: ignore[list-item]
-    cross = (
-        means.T @ flat(data.emissions)
-    ).T  # few rows by many columns: the other way round, the product takes longer
+    cross = (means.T @ flat(data.emissions)).T  # few rows by many columns: the quicker way round
     cross_after = cross - coefficients @ (means.T @ means)
     second = sums.less(coefficients, cross, cross_after)
     left = second if second.ndim == 1 else jnp.diagonal(jnp.linalg.cholesky(second)) ** 2
@@ -147,8 +145,8 @@ def _sum_over_trials(
 
     def one(at: tuple[Array, ...]) -> Any:
         emissions, inputs, regressors, *others = at
-        states = apply_weights(params.emissions.weights, regressors[:, : params.state_dim])
-        residuals = emissions - states - emission_offsets(params, inputs)
+        by_states = apply_weights(params.emissions.weights, regressors[:, : params.state_dim])
+        residuals = emissions - by_states - emission_offsets(params, inputs)
         if data.observed is not None:
             residuals = jnp.where(jnp.isnan(emissions), 0.0, residuals)
         return add(residuals, regressors, *others)

@@ -28,7 +28,7 @@ class EmissionScore(eqx.Module):
     Attributes:
         variances: The diagonal of R.
         num_timesteps: T.
-        cross: $\sum_t E[v_t e_t^\top]$; the other way round, a product with the data takes twice as long.
+        cross: $\sum_t E[v_t e_t^\top]$; few rows by many columns, the quicker way round for a product with the data.
         second: $\sum_t E[e_{t,n}^2]$.
     """
 

@@ -49,7 +49,7 @@ def sum_emissions(params: ParamsLGSSM, emissions: Array, inputs: Array) -> Emiss
     num_trials, num_timesteps, _ = emissions.shape
     known = jnp.concatenate([inputs, jnp.ones((*inputs.shape[:-1], 1), inputs.dtype)], axis=-1)
     known = jnp.broadcast_to(known, (num_trials, num_timesteps, known.shape[-1]))
-    rows = jnp.swapaxes(known, 1, 2)  # few rows by many columns: the other way round, the product takes longer
+    rows = jnp.swapaxes(known, 1, 2)  # few rows by many columns: the quicker way round
     cross, gram = (rows @ emissions).sum(axis=0).T, (rows @ known).sum(axis=0)
     if is_diagonal(params.emissions.cov):
         return EmissionSums((emissions**2).sum(axis=(0, 1)), cross, gram)
