@@ -131,7 +131,7 @@ def _projected_offsets(params: ParamsLGSSM, inputs: Array, projection: Array) ->
     if inputs.ndim == 2:
         return _offsets(params, inputs) @ projection
     weights, bias = (values_of(field) for field in (params.emissions.input_weights, params.emissions.bias))
-    return inputs @ (weights.T @ projection) + bias @ projection
+    return inputs @ (weights.T @ projection) + (bias @ projection)[None, None]
 
 
 def _compress_diagonal(params: ParamsLGSSM, trials: Trials) -> Compressed:
