@@ -68,12 +68,12 @@ def refit(params: ParamsLGSSM, design: Design, targets: Array, num_iters: int, t
                 places,
             )
             targets = targets.at[places].set(gains)
-    scale = np.ones(params.state_dim)
+    unit = np.ones(params.state_dim)
     for i in np.flatnonzero(np.asarray(targets).any(axis=0)):
         column = np.asarray(targets[:, i])
-        scale[i] = 1 / column[np.flatnonzero(column)[0]]
-    params = transform_params(params, jnp.asarray(np.diag(scale), targets.dtype))
-    return params, targets * jnp.asarray(scale, targets.dtype)[None]
+        unit[i] = column[np.flatnonzero(column)[0]]
+    params = transform_params(params, jnp.asarray(np.diag(1 / unit), targets.dtype))
+    return params, targets / jnp.asarray(unit, targets.dtype)[None]  # divided, so that a gain of one is one
 
 
 @jax.jit
