@@ -73,7 +73,8 @@ def refit(params: ParamsLGSSM, design: Design, targets: Array, num_iters: int, t
         column = np.asarray(targets[:, i])
         unit[i] = column[np.flatnonzero(column)[0]]
     params = transform_params(params, jnp.asarray(np.diag(1 / unit), targets.dtype))
-    return params, targets / jnp.asarray(unit, targets.dtype)[None]  # divided, so that a gain of one is one
+    # Divided by NumPy: XLA would multiply by the inverse, and a gain of one would not be one.
+    return params, jnp.asarray(np.asarray(targets) / unit[None].astype(targets.dtype))
 
 
 @jax.jit
