@@ -1,5 +1,7 @@
 """All methods give the same moments; the square root does so in single precision; "auto" takes it where others fail."""
 
+from unittest import mock
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,13 @@ from hypothesis import strategies as st
 
 import issm
 from helpers import random_system, relative_error
+from issm.inference import shared_means
+from issm.inference.covariances import STEPS_OF_BLOCK
 from issm.inference.dense import dense_moments
 from issm.inference.exact import exact_residual
 from issm.inference.methods import METHODS, choose_method
 from issm.inference.parallel import parallel_moments
-from issm.inference.recursions import STEPS_OF_BLOCK, small_moments
+from issm.inference.recursions import small_moments
 from issm.inference.sqrt import condition, sqrt_moments
 from issm.models.trials import as_trials
 from test_filter import FIELDS, SMOOTHED
@@ -22,9 +26,17 @@ from test_filter import FIELDS, SMOOTHED
 TOLERANCE = 1e-10
 CLAMPS = ("perfect", "zero", "noisy", "initial", "throughout", "everything", "mixed")
 QUICK = {"xla_backend_optimization_level": "0"}  # compiled once for a few milliseconds of work
+
+
+def shared_moments(params, trials):
+    """The means of few trials by the loops that are meant for many."""
+    with mock.patch.object(shared_means, "SMALLEST_SHARED_STEP", 0):
+        return small_moments(params, trials)
+
+
 KERNELS = {
     kernel.__name__: jax.jit(kernel, compiler_options=QUICK)
-    for kernel in (dense_moments, small_moments, parallel_moments, sqrt_moments)
+    for kernel in (dense_moments, small_moments, shared_moments, parallel_moments, sqrt_moments)
 }
 
 # Shapes, and the kinds of covariances that share them. A case draws its numbers and everything else.
@@ -85,7 +97,7 @@ def test_methods_agree(shape, data, seed, clamps):
     trials = as_trials(system.params, *arguments, keywords["interventions"])
     assert trials.num_patterns == {"grouped": 2, "own-patterns": 3}.get(shape, 1)
     expected = KERNELS["dense_moments"](system.params, trials)
-    for name in ("small_moments", "parallel_moments", "sqrt_moments"):
+    for name in ("small_moments", "shared_moments", "parallel_moments", "sqrt_moments"):
         assert_same(KERNELS[name](system.params, trials), expected)
 
 

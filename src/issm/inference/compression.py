@@ -23,18 +23,20 @@ from issm.models.trials import Trials
 
 
 class Compressed(eqx.Module):
-    r"""Emissions of all trials as few rows, in the layout of `lanes`.
+    r"""Emissions of all trials as few rows.
 
     Attributes:
-        weights: $H_t$, `(num_timesteps or 1, rows, state_dim, num_patterns or 1)`.
-        values: $z_t$, `(num_timesteps, rows, num_trials)`.
+        weights: $H_t$, `(num_timesteps or 1, rows, state_dim, num_patterns or 1)`, in the layout of `lanes`.
+        values: $z_t$ before `offsets` are subtracted, `(num_trials, num_timesteps, rows)`, in the layout of the data.
+        offsets: `(num_trials or 1, num_timesteps or 1, rows)`.
         log_norm: $-\tfrac12 (N_{obs} \log 2\pi + \log |R_{obs}|)$, `(num_trials or 1, num_timesteps)`.
         unexplained: $\min_x \|R^{-1/2} (y_t - C x - D u_t - d)\|^2$, `(num_trials or 1, num_timesteps)`; the same for all
             where `trials.sums` tell what they sum to.
     """
 
     weights: Float[Array, "num_timesteps_or_1 rows state_dim patterns"]
-    values: Float[Array, "num_timesteps rows num_trials"]
+    values: Float[Array, "num_trials num_timesteps rows"]
+    offsets: Float[Array, "offset_trials offset_timesteps rows"]
     log_norm: Float[Array, "num_trials_or_1 num_timesteps"]
     unexplained: Float[Array, "trials_or_1 num_timesteps"]
 
@@ -88,36 +90,50 @@ def _compress_complete(params: ParamsLGSSM, trials: Trials) -> Compressed:
     log_norm = jnp.broadcast_to(log_norm, (1, trials.emissions.shape[1]))
     if emission_dim <= state_dim:
         values = _apply(whitener, residuals(params, trials))
-        return Compressed(rows[None, :, :, None], jnp.transpose(values, (1, 2, 0)), log_norm, jnp.zeros_like(log_norm))
+        return _centred(rows[None, :, :, None], values, log_norm, jnp.zeros_like(log_norm))
     rotation, rows = jnp.linalg.qr(rows)
-
-    def from_residuals() -> tuple[Array, Array]:
-        one = lambda y, offsets: _project(_apply(whitener, y - offsets), rotation)  # noqa: E731
-        values, squares = _by_trial(one, params, trials)
-        return jnp.transpose(values, (1, 2, 0)), squares
-
+    rows = rows[None, :, :, None]
+    from_residuals = lambda y, offsets: _project(_apply(whitener, y - offsets), rotation)  # noqa: E731
     inputs, emissions = trials.plan.inputs, trials.emissions
     if trials.sums is None and inputs.ndim == 3:  # offsets of every trial would be another copy of Y
-        values, unexplained = from_residuals()
-        return Compressed(rows[None, :, :, None], values, log_norm, unexplained)
+        values, unexplained = _by_trial(from_residuals, params, trials)
+        return _centred(rows, values, log_norm, unexplained)
 
     projection = whitener[:, None] * rotation if whitener.ndim == 1 else whitener.T @ rotation
-    values = jnp.transpose(emissions @ projection - _projected_offsets(params, inputs, projection), (1, 2, 0))
-    explained = (values**2).sum(axis=1).T
+    values, offsets = emissions @ projection, _projected_offsets(params, inputs, projection)
+    explained = ((values - offsets) ** 2).sum(axis=-1)
     if trials.sums is None:
         of_offsets = _apply(whitener, _offsets(params, inputs))
         total = ((_apply(whitener, emissions) - of_offsets) ** 2).sum(axis=-1)
         left = total - explained
         enough = keeps_digits(left + emission_dim, total + (of_offsets**2).sum(axis=-1))
-        found = lax.cond(enough, lambda: (values, left), from_residuals)
-    else:
-        second = trials.sums.less_offsets(params)
-        whitened = second * whitener**2 if second.ndim == 1 else (whitener @ second) * whitener
-        total = whitened.sum()
-        left = total - explained.sum()
-        unexplained = lax.cond(keeps_digits(left, total), lambda: left, lambda: from_residuals()[1].sum())
-        found = values, jnp.full((1, explained.shape[1]), unexplained / explained.size)
-    return Compressed(rows[None, :, :, None], found[0], log_norm, found[1])
+        values, left = _replace_unless(enough, from_residuals, params, trials, values, left)
+        return Compressed(rows, values, jnp.where(enough, offsets, 0.0), log_norm, left)
+    second = trials.sums.less_offsets(params)
+    whitened = second * whitener**2 if second.ndim == 1 else (whitener @ second) * whitener
+    total = whitened.sum()
+    left = total - explained.sum()
+    again = lambda: _by_trial(from_residuals, params, trials)[1].sum()  # noqa: E731
+    unexplained = lax.cond(keeps_digits(left, total), lambda: left, again)
+    return Compressed(rows, values, offsets, log_norm, jnp.full_like(log_norm, unexplained / explained.size))
+
+
+def _centred(rows: Array, values: Array, log_norm: Array, unexplained: Array) -> Compressed:
+    return Compressed(rows, values, jnp.zeros((1, 1, values.shape[-1]), values.dtype), log_norm, unexplained)
+
+
+def _replace_unless(
+    enough: Array, kernel: Callable[..., Any], params: ParamsLGSSM, trials: Trials, *found: Array
+) -> tuple[Array, ...]:
+    """`found`, or what `kernel` gives for each trial in its place; a loop of no steps, unlike a condition, copies nothing."""
+    offsets = emission_offsets(params, trials.plan.inputs)
+
+    def replace(trial: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        emissions = lax.dynamic_index_in_dim(trials.emissions, trial, keepdims=False)
+        results = kernel(emissions, offsets)
+        return tuple(lax.dynamic_update_index_in_dim(*pair, trial, axis=0) for pair in zip(found, results, strict=True))
+
+    return lax.fori_loop(0, jnp.where(enough, 0, trials.num_trials), replace, found)
 
 
 def _project(whitened: Array, rotation: Array) -> tuple[Array, Array]:
@@ -147,8 +163,7 @@ def _compress_diagonal(params: ParamsLGSSM, trials: Trials) -> Compressed:
     observed_of_patterns = observed[trials.representatives]
     if emission_dim <= state_dim:
         rows = jnp.where(observed_of_patterns[..., None], weights[None, None], 0.0)
-        values = jnp.transpose(whitened, (1, 2, 0))
-        return Compressed(jnp.transpose(rows, (1, 2, 3, 0)), values, log_norm, jnp.zeros_like(log_norm))
+        return _centred(jnp.transpose(rows, (1, 2, 3, 0)), whitened, log_norm, jnp.zeros_like(log_norm))
     squared = (weights[:, :, None] * weights[:, None, :]).reshape(emission_dim, state_dim**2)
     precisions = (observed_of_patterns.astype(scale.dtype) @ squared).reshape(
         *observed_of_patterns.shape[:2], state_dim, state_dim
@@ -159,7 +174,7 @@ def _compress_diagonal(params: ParamsLGSSM, trials: Trials) -> Compressed:
         left = _apply(scale, emissions - offsets) - states @ weights.T
         return (jnp.where(jnp.isnan(emissions), 0.0, left) ** 2).sum(axis=-1)
 
-    return Compressed(rows, values, log_norm, _by_trial(one, params, trials, states))
+    return _centred(rows, values, log_norm, _by_trial(one, params, trials, states))
 
 
 def _compress_general(params: ParamsLGSSM, trials: Trials) -> Compressed:
@@ -170,13 +185,13 @@ def _compress_general(params: ParamsLGSSM, trials: Trials) -> Compressed:
     weights = values_of(whitened.weights)  # with a time axis: missing entries and varying fields both give one
     weights_of_patterns = weights[trials.representatives]
     if params.emission_dim <= params.state_dim:
-        rows, values = jnp.transpose(weights_of_patterns, (1, 2, 3, 0)), jnp.transpose(whitened.values, (1, 2, 0))
-        return Compressed(rows, values, whitened.log_norm, jnp.zeros_like(whitened.log_norm))
+        rows = jnp.transpose(weights_of_patterns, (1, 2, 3, 0))
+        return _centred(rows, whitened.values, whitened.log_norm, jnp.zeros_like(whitened.log_norm))
     precisions = jnp.einsum("gtni,gtnj->gtij", weights_of_patterns, weights_of_patterns)
     shifts = jnp.einsum("ktni,ktn->kti", weights, whitened.values)
     rows, values, states = _from_potentials(trials, precisions, shifts)
     unexplained = ((whitened.values - jnp.einsum("ktni,kti->ktn", weights, states)) ** 2).sum(axis=-1)
-    return Compressed(rows, values, whitened.log_norm, unexplained)
+    return _centred(rows, values, whitened.log_norm, unexplained)
 
 
 def _from_potentials(trials: Trials, precisions: Array, shifts: Array) -> tuple[Array, Array, Array]:
@@ -185,7 +200,7 @@ def _from_potentials(trials: Trials, precisions: Array, shifts: Array) -> tuple[
     whiteners = trials.spread(lanes.invert_lower(factors), axis=-1)
     values = lanes.matvec(whiteners, jnp.transpose(shifts, (1, 2, 0)))
     states = lanes.matvec(lanes.transpose(whiteners), values)
-    return lanes.transpose(factors), values, jnp.transpose(states, (2, 0, 1))
+    return lanes.transpose(factors), *(jnp.transpose(x, (2, 0, 1)) for x in (values, states))
 
 
 def _by_trial(kernel: Callable[..., Any], params: ParamsLGSSM, trials: Trials, *others: Array) -> Any:

@@ -1,4 +1,4 @@
-"""What every kernel of this floor returns: the moments of filter and smoother."""
+"""What the kernels of this floor return: the moments of filter and smoother."""
 
 import equinox as eqx
 from jaxtyping import Array, Float
@@ -27,3 +27,18 @@ class Moments(eqx.Module):
     smoothed_means: Float[Array, "*trials num_timesteps state_dim"]
     smoothed_covs: Float[Array, "*patterns num_timesteps state_dim state_dim"]
     smoothed_cross_covs: Float[Array, "*patterns num_timesteps_minus_1 state_dim state_dim"]
+
+
+class Means(eqx.Module):
+    r"""What depends on the values and not on the pattern alone.
+
+    Attributes:
+        filtered, predicted, adjoints, smoothed: As in `Moments`.
+        squares: Of the white innovations, $\|L_t^{-1} (z_t - H_t m_t^-)\|^2$.
+    """
+
+    filtered: Float[Array, "num_trials num_timesteps state_dim"]
+    predicted: Float[Array, "num_trials num_timesteps state_dim"]
+    squares: Float[Array, "num_trials num_timesteps"]
+    adjoints: Float[Array, "num_trials num_timesteps state_dim"]
+    smoothed: Float[Array, "num_trials num_timesteps state_dim"]

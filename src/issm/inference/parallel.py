@@ -41,7 +41,7 @@ def parallel_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     shifts = over_trials(lambda inputs, plan: lgssm_transitions(params, inputs, plan).shift, trials.plan)
     weights, noise = transitions.weights, transitions.cov
     observations = compress(params, trials)
-    rows, values = jnp.moveaxis(observations.weights, -1, 1), swap(jnp.moveaxis(observations.values, -1, 0))
+    rows, values = jnp.moveaxis(observations.weights, -1, 1), swap(observations.values - observations.offsets)
 
     elements = _elements(weights, noise, rows, trials.num_patterns)
     past = lax.associative_scan(_combine, elements).cov

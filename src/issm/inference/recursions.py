@@ -5,8 +5,6 @@ recursive runs inside a scan: $P_t$ and $N_t$ by pattern, $m_t$ and $r_t$ by tri
 everything else, $L^{-1} H$, $L^{-1} H P^-$ and the products with them, is one vectorised pass over all steps.
 """
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -15,235 +13,75 @@ from jaxtyping import Array
 
 from issm.inference import lanes
 from issm.inference.compression import compress
-from issm.inference.moments import Moments
+from issm.inference.covariances import StepMatrices, run_covariances, run_informations
+from issm.inference.moments import Means, Moments
+from issm.inference.shared_means import are_worth_it, shared_means
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.transitions import Transitions, lgssm_transitions
 from issm.models.trials import Chunks, Plan, Trials
-
-MOST_UNROLLED_ROWS = 3
-"""Loops over more rows than this stay loops: unrolled, they compile slowly and fuse badly."""
-
-STEPS_OF_BLOCK = 32
-"""Steps of one pattern that are computed together: enough lanes for a vectorised loop, few enough to stop soon after settling."""
-
-FEWEST_ENTRIES_IN_BLOCKS = 1024
-"""Covariances of fewer entries, over all steps, are one block: to divide them costs more than to compute them."""
-
-STEPS_WITHOUT_CHANGE = 8
-"""Covariances that have not changed over so many equal steps at the end of a block have settled."""
 
 
 def small_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     """Filter and smooth all trials; what the caller does not use is not computed under `jit`."""
     observations = compress(params, trials)
     by_pattern = _transitions(params, trials.of_patterns().plan)
-    layout = _Layout(trials.chunks)
-    shifts, values = layout.enter(_to_lanes(_transitions(params, trials.plan).shift)), layout.enter(observations.values)
+    shifts = _transitions(params, trials.plan).shift
     weights, covs = _to_lanes(by_pattern.weights), _to_lanes(by_pattern.cov)
 
-    each = layout.each
-
-    updates = _run_covariances(weights, covs, observations.weights, trials.num_patterns)
+    updates = run_covariances(weights, covs, observations.weights, trials.num_patterns)
     predicted_covs, filtered_covs = lanes.symmetrize(updates.predicted), lanes.symmetrize(updates.filtered)
-    retained = updates.retained
-    drive = lanes.matvec(each(retained), shifts) + lanes.matvec(each(updates.gains), values)
-    filtered_means = _recursion(each(lanes.matmul(retained, weights)), drive)
-    previous = jnp.concatenate([jnp.zeros_like(filtered_means[:1]), filtered_means[:-1]])
-    predicted_means = lanes.matvec(each(weights), previous) + shifts
-    white_weights = updates.white_weights
-    innovations = lanes.matvec(each(updates.whitener), values) - lanes.matvec(each(white_weights), predicted_means)
-    scores = lanes.matvec(each(lanes.transpose(white_weights)), innovations)
-
-    next_weights = jnp.concatenate([weights[1:], jnp.zeros_like(weights[:1])])
-    propagated = lanes.transpose(lanes.matmul(next_weights, retained))  # V_t' A_{t+1}'
+    retained, white_weights = updates.retained, updates.white_weights
+    next_weights = _following(weights)
+    propagated = lanes.transpose(lanes.matmul(next_weights, retained))
+    onward = lanes.matmul(filtered_covs, lanes.transpose(next_weights))
     information = lanes.matmul(lanes.transpose(white_weights), white_weights)
-    informations = lanes.symmetrize(_informations(propagated, information))
-    adjoints = _recursion(each(propagated), scores, reverse=True)
-    next_adjoints = jnp.concatenate([adjoints[1:], jnp.zeros_like(adjoints[:1])])
-    next_informations = jnp.concatenate([informations[1:], jnp.zeros_like(informations[:1])])
-    onward = lanes.matmul(filtered_covs, lanes.transpose(next_weights))  # Cov[x_t, x_{t+1} | y_{0:t}]
-    explained = lanes.matmul(onward, next_informations)
-
-    log_det = jnp.log(updates.pivots).sum(axis=-2)
-    quadratic = layout.leave((innovations**2).sum(axis=-2)) + observations.unexplained
-    smoothed_means = filtered_means + lanes.matvec(each(onward), next_adjoints)
+    informations = lanes.symmetrize(run_informations(propagated, information))
+    explained = lanes.matmul(onward, _following(informations))
     smoothed_covs = lanes.symmetrize(filtered_covs - lanes.matmul(explained, lanes.transpose(onward)))
     cross_covs = onward[:-1] - lanes.matmul(explained[:-1], predicted_covs[1:])
+
+    matrices = StepMatrices(weights, retained, updates.gains, updates.whitener, white_weights, propagated, onward)
+    values, offsets, chunks = observations.values, observations.offsets, trials.chunks
+    if are_worth_it(trials.num_trials, params.state_dim, trials.num_patterns, chunks):
+        means = shared_means(matrices, shifts, values, offsets, chunks)
+    else:
+        means = _means_in_lanes(matrices, _to_lanes(shifts), _to_lanes(values - offsets), _Layout(chunks))
+    log_det = jnp.log(updates.pivots).sum(axis=-2)
     return Moments(
-        logliks=observations.log_norm - (trials.spread(log_det.T) + quadratic) / 2,
-        filtered_means=layout.leave(filtered_means),
+        logliks=observations.log_norm - (trials.spread(log_det.T) + means.squares + observations.unexplained) / 2,
+        filtered_means=means.filtered,
         filtered_covs=_from_lanes(filtered_covs),
-        predicted_means=layout.leave(predicted_means),
+        predicted_means=means.predicted,
         predicted_covs=_from_lanes(predicted_covs),
-        adjoints=layout.leave(adjoints),
+        adjoints=means.adjoints,
         informations=_from_lanes(informations),
-        smoothed_means=layout.leave(smoothed_means),
+        smoothed_means=means.smoothed,
         smoothed_covs=_from_lanes(smoothed_covs),
         smoothed_cross_covs=_from_lanes(cross_covs),
     )
 
 
-class _Updates(eqx.Module):
-    r"""The update $m = V m^- + K z$ of every step, with $S = I + H P^- H^\top = L L^\top$.
-
-    Attributes:
-        predicted: $P^-$.
-        retained: $V = I - K H$, the share of a prediction error that the update leaves.
-        gains: K.
-        white_weights: $L^{-1} H$.
-        whitener: $L^{-1}$.
-        pivots: Squared diagonal of L.
-    """
-
-    predicted: Array
-    retained: Array
-    gains: Array
-    white_weights: Array
-    whitener: Array
-    pivots: Array
-
-    @property
-    def filtered(self) -> Array:
-        r"""$P = V P^- V^\top + K K^\top$, Joseph's form, which keeps its digits however small the noise."""
-        kept = lanes.matmul(lanes.matmul(self.retained, self.predicted), lanes.transpose(self.retained))
-        return kept + lanes.matmul(self.gains, lanes.transpose(self.gains))
+def _means_in_lanes(matrices: StepMatrices, shifts: Array, values: Array, layout: "_Layout") -> Means:
+    """The means of all trials, with the trials as lanes; what is not recursive is a pass over all steps."""
+    shifts, values = layout.enter(shifts), layout.enter(values)
+    each = layout.each
+    closed_loop = lanes.matmul(matrices.retained, matrices.weights)
+    drive = lanes.matvec(each(matrices.retained), shifts) + lanes.matvec(each(matrices.gains), values)
+    filtered = _recursion(each(closed_loop), drive)
+    previous = jnp.concatenate([jnp.zeros_like(filtered[:1]), filtered[:-1]])
+    predicted = lanes.matvec(each(matrices.weights), previous) + shifts
+    seen = lanes.matvec(each(matrices.white_weights), predicted)
+    innovations = lanes.matvec(each(matrices.whitener), values) - seen
+    scores = lanes.matvec(each(lanes.transpose(matrices.white_weights)), innovations)
+    adjoints = _recursion(each(matrices.propagated), scores, reverse=True)
+    smoothed = filtered + lanes.matvec(each(matrices.onward), _following(adjoints))
+    squares = (innovations**2).sum(axis=-2)
+    return Means(*map(layout.leave, (filtered, predicted, squares, adjoints, smoothed)))
 
 
-def _run_covariances(weights: Array, covs: Array, rows: Array, num_lanes: int) -> _Updates:
-    """The one recursion of the covariances."""
-    steps = (weights, covs) if rows.shape[0] == 1 else (weights, covs, rows)
-    start = jnp.zeros((*weights.shape[1:3], num_lanes), weights.dtype)
-    if num_lanes == 1:
-        return _run_blocks(start, steps, rows)
-
-    def step(cov: Array, at: tuple) -> tuple[Array, _Updates]:
-        weights, noise, *varying = at
-        return _update(_predict(cov, weights, noise), varying[0] if varying else rows[0])
-
-    return lax.scan(step, start, steps)[1]
-
-
-def _run_blocks(start: Array, steps: tuple[Array, ...], rows: Array) -> _Updates:
-    """The recursion of one pattern, in blocks of steps: within a block everything but the recursion has the steps as lanes.
-
-    Once the covariances have settled, the blocks that follow are passed over up to the first in which some step differs from the
-    one before it; their updates are those of the last step that was computed.
-    """
-    num_timesteps, dtype = steps[0].shape[0], start.dtype
-    few = start.size * num_timesteps < FEWEST_ENTRIES_IN_BLOCKS
-    size = num_timesteps if few else min(num_timesteps, STEPS_OF_BLOCK)
-    num_blocks = -(-num_timesteps // size)
-    rest = num_blocks * size - num_timesteps
-    blocks = [
-        jnp.pad(x, ((0, rest), *((0, 0),) * 3), mode="edge").reshape(num_blocks, size, *x.shape[1:]) for x in steps
-    ]
-    as_lanes = lambda x: jnp.moveaxis(x[..., 0], 0, -1)  # noqa: E731
-    as_steps = lambda x: jnp.moveaxis(x, -1, 0)[..., None]  # noqa: E731
-
-    def step(cov: Array, at: tuple) -> tuple[Array, Array]:
-        weights, noise, *varying = at
-        predicted = _predict(cov, weights, noise)
-        return _take_in(predicted, varying[0] if varying else rows[0]), predicted
-
-    def block(cov: Array, at: tuple) -> tuple[Array, _Updates]:
-        cov, predicted = lax.scan(step, cov, at)
-        updates = _update(as_lanes(predicted), as_lanes(at[2]) if len(at) == 3 else rows[0])[1]
-        return cov, jax.tree.map(as_steps, updates)
-
-    def is_settled(predicted: Array) -> Array:
-        now, before = predicted[-1], predicted[-1 - STEPS_WITHOUT_CHANGE]
-        scale = jnp.einsum("iil->il", now)
-        change = (now - before) ** 2 / jnp.maximum(scale[:, None] * scale[None], jnp.finfo(dtype).tiny)
-        return (change <= (4 * jnp.finfo(dtype).eps) ** 2).all()
-
-    if num_blocks == 1:
-        return block(start, steps)[1]
-    shapes = jax.eval_shape(block, start, tuple(x[0] for x in blocks))[1]
-    blank = jax.tree.map(lambda leaf: jnp.zeros((num_blocks, *leaf.shape), leaf.dtype), shapes)
-    quiet, next_different = _find_changes(blocks)
-
-    def run(carry: tuple) -> tuple:
-        index, cov, computed, found = carry
-        here = [lax.dynamic_index_in_dim(x, index, keepdims=False) for x in blocks]
-        after, updates = block(cov, tuple(here))
-        found = jax.tree.map(lambda all, x: lax.dynamic_update_index_in_dim(all, x, index, 0), found, updates)
-        settled = quiet[index] & is_settled(updates.predicted)
-        return jnp.where(settled, next_different[index], index + 1), after, computed.at[index].set(True), found
-
-    carry = (jnp.zeros((), jnp.int32), start, jnp.zeros(num_blocks, bool), blank)
-    _, _, computed, found = lax.while_loop(lambda carry: carry[0] < num_blocks, run, carry)
-    numbers = jnp.arange(num_blocks, dtype=jnp.int32)
-    last_of_computed = lax.cummax(jnp.where(computed, (numbers + 1) * size - 1, 0))
-    places = jnp.arange(num_blocks * size, dtype=jnp.int32).reshape(num_blocks, size)
-    places = jnp.where(computed[:, None], places, last_of_computed[:, None]).reshape(-1)[:num_timesteps]
-    return jax.tree.map(lambda leaf: jnp.take(leaf.reshape(-1, *leaf.shape[2:]), places, axis=0), found)
-
-
-def _find_changes(blocks: list[Array]) -> tuple[Array, Array]:
-    """Which blocks end with `STEPS_WITHOUT_CHANGE` steps like the step before, and the next block after each that has a change."""
-    num_blocks, size = blocks[0].shape[:2]
-    flat = [x.reshape(num_blocks * size, -1) for x in blocks]
-    differs = jnp.stack([(x[1:] != x[:-1]).any(axis=1) for x in flat]).any(axis=0)
-    differs = jnp.pad(differs, (1, 0), constant_values=True).reshape(num_blocks, size)
-    numbers = jnp.arange(num_blocks, dtype=jnp.int32)
-    at_or_after = lax.cummin(jnp.where(differs.any(axis=1), numbers, num_blocks), reverse=True)
-    next_different = jnp.pad(at_or_after[1:], (0, 1), constant_values=num_blocks)
-    return ~differs[:, -STEPS_WITHOUT_CHANGE:].any(axis=1), next_different
-
-
-def _predict(cov: Array, weights: Array, noise: Array) -> Array:
-    return lanes.matmul(lanes.matmul(weights, cov), lanes.transpose(weights)) + noise
-
-
-def _take_in(cov: Array, rows: Array) -> Array:
-    """The covariance after an update with rows h of unit noise, one by one."""
-    num_rows = rows.shape[0]
-
-    def seen_by(i: Any, cov: Array) -> tuple[Array, Array]:
-        row = lax.dynamic_index_in_dim(rows, i, keepdims=False)
-        seen = (cov * row[None]).sum(axis=1)
-        return seen, seen / (1 + (row * seen).sum(axis=0))[None]
-
-    def take_in(i: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        cov, seen, gain = carry  # so that there is a division for each entry of a column, not of the matrix
-        cov = cov - gain[:, None] * seen[None]
-        return cov, *seen_by(jnp.minimum(i + 1, num_rows - 1), cov)
-
-    unroll = num_rows <= MOST_UNROLLED_ROWS
-    return lax.fori_loop(0, num_rows, take_in, (cov, *seen_by(0, cov)), unroll=unroll)[0]
-
-
-def _update(predicted: Array, rows: Array) -> tuple[Array, _Updates]:
-    r"""The update of one step of all patterns, or of all steps of one pattern; the first result is the plain $P - K S K^\top$.
-
-    Rows are taken in one by one, with s = 1 + h' P h of each, by what P, V and K become: $[P, V, K] - P h\, (h^\top [P, V, K] - e) / s$,
-    where e is the unit vector of the row's own gain. $h^\top V / \sqrt{s}$ and $(e - h^\top K) / \sqrt{s}$ are its rows of
-    $L^{-1} H$ and of $L^{-1}$.
-    """
-    state_dim, num_rows, num_lanes, dtype = predicted.shape[0], rows.shape[0], predicted.shape[-1], predicted.dtype
-    eye = jnp.broadcast_to(lanes.identity(state_dim, dtype), predicted.shape)
-    start = jnp.concatenate([predicted, eye, jnp.zeros((state_dim, num_rows, num_lanes), dtype)], axis=1)
-    units = jnp.eye(num_rows, 2 * state_dim + num_rows, k=2 * state_dim, dtype=dtype)
-
-    def see(known: Array, i: Any) -> tuple[Array, Array, Array]:
-        row, unit = (lax.dynamic_index_in_dim(x, i, keepdims=False) for x in (rows, units))
-        products = (known[j] * row[None, j] for j in range(state_dim))
-        seen: Array = sum(products, start=-unit[:, None])  # type: ignore[assignment]
-        pivot = sum((seen[j] * row[j] for j in range(state_dim)), start=jnp.ones((), dtype))
-        return seen, seen[:state_dim] / pivot[None], pivot
-
-    def take_in(carry: tuple, i: Array) -> tuple[tuple, tuple[Array, Array]]:
-        # The next row is seen before it is needed: XLA would see it once for each state.
-        known, seen, gain, pivot = carry
-        known = known - gain[:, None] * seen[None]
-        return (known, *see(known, jnp.minimum(i + 1, num_rows - 1))), (seen[state_dim:], pivot)
-
-    unroll = num_rows <= MOST_UNROLLED_ROWS
-    carry, (seen, pivots) = lax.scan(take_in, (start, *see(start, 0)), jnp.arange(num_rows), unroll=unroll)
-    known = carry[0]
-    filtered, retained, gains = jnp.split(known, (state_dim, 2 * state_dim), axis=1)
-    white = seen / jnp.sqrt(pivots)[:, None]
-    return filtered, _Updates(predicted, retained, gains, white[:, :state_dim], -white[:, state_dim:], pivots)
+def _following(by_step: Array) -> Array:
+    """The entries of the next step; zero after the last."""
+    return jnp.concatenate([by_step[1:], jnp.zeros_like(by_step[:1])])
 
 
 def _recursion(matrices: Array, drive: Array, reverse: bool = False) -> Array:
@@ -258,19 +96,6 @@ def _recursion(matrices: Array, drive: Array, reverse: bool = False) -> Array:
         return vector, lax.dynamic_update_index_in_dim(vectors, vector, t, axis=0)
 
     return lax.fori_loop(0, num_steps, step, (jnp.zeros_like(drive[0]), drive))[1]
-
-
-def _informations(propagated: Array, information: Array) -> Array:
-    """N_t = F_t + V_t' A_{t+1}' N_{t+1} A_{t+1} V_t, backwards from zero."""
-
-    def step(carry: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
-        propagated, information = at
-        through = lanes.matmul(lanes.matmul(propagated, carry), lanes.transpose(propagated))
-        carry = information + through
-        return carry, carry
-
-    start = jnp.zeros(jnp.broadcast_shapes(propagated.shape[1:], information.shape[1:]), information.dtype)
-    return lax.scan(step, start, (propagated, information), reverse=True)[1]
 
 
 class _Layout(eqx.Module):
