@@ -147,9 +147,16 @@ def _pattern_statistics(
         gram=second[:, rows:, rows:] + pad_both(add(found.regressor_covs), found.regressors.shape[-1]),
         cross=second[:, :rows, rows:] + pad(add(found.cross_covs), found.regressors.shape[-1]),
         second=second[:, :rows, :rows] + add(found.residual_covs),
-        count=jax.ops.segment_sum(weights.reshape(-1), index.reshape(-1), num_masks),
+        count=_group_counts(weights, index, num_masks),
         complete=unclamped,
     )
+
+
+def _group_counts(weights: Array, index: Array, num_groups: int) -> Array:
+    """Sums of weights, one for each group of steps."""
+    if num_groups == 1:
+        return weights.sum()[None]
+    return jax.ops.segment_sum(weights.reshape(-1), index.reshape(-1), num_groups)
 
 
 def _group_products(vectors: Array, weights: Array, index: Array, num_groups: int) -> Array:

@@ -125,7 +125,9 @@ def _from_data(
         return from_residuals(regressors=means)
     block = params.emissions
     coefficients = jnp.concatenate([block.weights, block.input_weights, block.bias[:, None]], axis=1)  # type: ignore[list-item]
-    cross = (means.T @ flat(data.emissions)).T  # few rows by many columns: the quicker way round
+    by_state = means[:, : params.state_dim].T @ flat(data.emissions)
+    by_state = lax.optimization_barrier(by_state)  # few rows by many columns: XLA would turn it to the slower way round
+    cross = jnp.concatenate([by_state.T, sums.cross], axis=1)
     cross_after = cross - coefficients @ (means.T @ means)
     second = sums.less(coefficients, cross, cross_after)
     left = second if second.ndim == 1 else jnp.diagonal(jnp.linalg.cholesky(second)) ** 2

@@ -200,7 +200,8 @@ def _from_potentials(trials: Trials, precisions: Array, shifts: Array) -> tuple[
     whiteners = trials.spread(lanes.invert_lower(factors), axis=-1)
     values = lanes.matvec(whiteners, jnp.transpose(shifts, (1, 2, 0)))
     states = lanes.matvec(lanes.transpose(whiteners), values)
-    return lanes.transpose(factors), *(jnp.transpose(x, (2, 0, 1)) for x in (values, states))
+    values, states = (jnp.transpose(x, (2, 0, 1)) for x in (values, states))
+    return lanes.transpose(factors), values, states
 
 
 def _by_trial(kernel: Callable[..., Any], params: ParamsLGSSM, trials: Trials, *others: Array) -> Any:

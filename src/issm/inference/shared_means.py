@@ -28,6 +28,8 @@ def are_worth_it(num_trials: int, state_dim: int, num_patterns: int, chunks: Chu
 
 def shared_means(matrices: StepMatrices, shifts: Array, values: Array, offsets: Array, chunks: Chunks | None) -> Means:
     """Filter and smooth the values z less their offsets, `(num_trials, num_timesteps, rows)`."""
+    if offsets.shape[0] > 1:
+        values, offsets = values - offsets, jnp.zeros_like(offsets[:1, :1])
     shifts, values, offsets = (_enter(x, chunks) for x in (shifts, values, offsets))
     by_chunk = matrices if chunks is None else jax.tree.map(lambda x: jnp.take(x, chunks.pattern, axis=-1), matrices)
     as_rows = jax.tree.map(lambda x: jnp.transpose(x, (0, 3, 2, 1)), by_chunk)  # vectors are rows
@@ -45,13 +47,15 @@ def _forwards(
     state_dim, dtype = matrices.weights.shape[-1], values.dtype
     of_predicted = jnp.concatenate([matrices.retained, -matrices.white_weights], axis=-1)
     of_values = jnp.concatenate([matrices.gains, matrices.whitener], axis=-1)
+    of_offsets = jnp.transpose(offsets, (2, 0, 1, 3)) @ of_values
 
     def step(t: Array, carry: tuple) -> tuple:
         mean, *found = carry
         values = found[0]  # innovations take the place of the values that they were made of
         predicted = mean @ _matrix(matrices.weights, t) + _vectors(shifts, t)
-        value = _vectors(values, t) - _vectors(offsets, t)
-        both = predicted @ _matrix(of_predicted, t) + value @ _matrix(of_values, t)
+        both = (
+            predicted @ _matrix(of_predicted, t) + _vectors(values, t) @ _matrix(of_values, t) - _matrix(of_offsets, t)
+        )
         mean, innovation = both[..., :state_dim], both[..., state_dim:]
         here = (innovation, mean, predicted, (innovation**2).sum(axis=-1))
         return mean, *(lax.dynamic_update_index_in_dim(*pair, t, axis=2) for pair in zip(found, here, strict=True))
@@ -65,6 +69,7 @@ def _forwards(
 def _backwards(matrices: StepMatrices, innovations: Array, filtered: Array) -> tuple[Array, Array]:
     r"""$r_t = H^\top L^{-\top} e_t + V_t^\top A_{t+1}^\top r_{t+1}$, and $m^s_t = m_t + P_t A_{t+1}^\top r_{t+1}$."""
     state_dim, num_timesteps = filtered.shape[-1], filtered.shape[2]
+    in_place = innovations.shape == filtered.shape
     scoring = jnp.swapaxes(matrices.white_weights, -1, -2)
     of_next = jnp.concatenate([matrices.propagated, matrices.onward], axis=-1)
 
@@ -72,12 +77,14 @@ def _backwards(matrices: StepMatrices, innovations: Array, filtered: Array) -> t
         adjoint, adjoints, smoothed = carry
         t = num_timesteps - 1 - count
         both = adjoint @ _matrix(of_next, t)
-        adjoint = both[..., :state_dim] + _vectors(innovations, t) @ _matrix(scoring, t)
-        mean = _vectors(filtered, t) + both[..., state_dim:]
+        seen = _vectors(adjoints if in_place else innovations, t)
+        adjoint = both[..., :state_dim] + seen @ _matrix(scoring, t)
+        mean = _vectors(smoothed, t) + both[..., state_dim:]
         put = lambda all, here: lax.dynamic_update_index_in_dim(all, here, t, axis=2)  # noqa: E731
         return adjoint, put(adjoints, adjoint), put(smoothed, mean)
 
-    start = (jnp.zeros_like(filtered[:, :, 0]), jnp.zeros_like(filtered), jnp.zeros_like(filtered))
+    adjoints = innovations if in_place else jnp.zeros_like(filtered)
+    start = (jnp.zeros_like(filtered[:, :, 0]), adjoints, filtered)
     return lax.fori_loop(0, num_timesteps, step, start)[1:]
 
 

@@ -1,10 +1,11 @@
 """The smoother of the clamped linear Gaussian model."""
 
+from functools import partial
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float
 
+from issm._compile import jit_quickly
 from issm.inference.kalman import PosteriorGSSMFiltered
 from issm.inference.methods import check_method, choose_method, filter_and_smooth
 from issm.interventions import Intervention
@@ -104,7 +105,7 @@ def lgssm_smoother(
     return _smoother(params, trials, choose_method(method, params, trials))
 
 
-@jax.jit(static_argnames="method")
+@partial(jit_quickly, static_argnames="method")
 def _smoother(params: ParamsLGSSM, trials: Trials, method: str) -> PosteriorGSSMSmoothed:
     moments = filter_and_smooth(params, trials, method)
     return trials.like_user(
