@@ -1,6 +1,5 @@
 """The public door of every function that takes data: checks it, and gives it one form whatever the user's leading axes."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -50,9 +49,7 @@ class Chunks(eqx.Module):
     place: Int[Array, " num_trials"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Trials:
+class Trials(eqx.Module):
     """Emissions of one or many trials with their inputs and clamps, checked.
 
     Attributes:
@@ -65,16 +62,14 @@ class Trials:
         may_miss: Whether an entry may be missing; false only when the values are known to be complete.
         chunks: The trials by pattern, where `pattern` is not None.
         sums: Where a fit has made them, log-likelihoods need be right in total only, and the data are read fewer times.
-
-    A plain dataclass: a small problem would feel what it costs to make a module.
     """
 
     emissions: Float[Array, "num_trials num_timesteps emission_dim"]
     plan: Plan
     representatives: Int[Array, " num_patterns"]
     pattern: Int[Array, " num_trials"] | None
-    one_sequence: bool = dataclasses.field(metadata={"static": True})
-    may_miss: bool = dataclasses.field(metadata={"static": True})
+    one_sequence: bool = eqx.field(static=True)
+    may_miss: bool = eqx.field(static=True)
     chunks: Chunks | None = None
     sums: EmissionSums | None = None
 
