@@ -1,8 +1,7 @@
 r"""Filter and smoother for a handful of states, all trials at once.
 
-Covariances are computed once for each pattern of clamps and missing entries, means for each trial. Only what is truly
-recursive runs inside a scan: $P_t$ and $N_t$ by pattern, $m_t$ and $r_t$ by trial. With $S = I + H P^- H^\top = L L^\top$,
-everything else, $L^{-1} H$, $L^{-1} H P^-$ and the products with them, is one vectorised pass over all steps.
+Covariances are computed once for each pattern of clamps and missing entries, means for each trial: by `shared_means` where many trials
+share a pattern, else here, with the trials as lanes.
 """
 
 import equinox as eqx
