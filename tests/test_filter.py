@@ -4,6 +4,7 @@ Errors are norm-wise: the largest absolute difference over the largest entry of 
 for cross-covariances, over the largest entry of the smoothed covariances, since both are blocks of one joint covariance.
 """
 
+import jax
 import numpy as np
 import pytest
 
@@ -160,3 +161,13 @@ def test_lists_and_methods_are_accepted(system):
     expected = issm.lgssm_filter(*arguments)
     given = issm.lgssm_filter(system.params, system.emissions.tolist(), system.inputs.tolist(), method="sequential")
     assert_same(given, expected)
+
+
+def test_everything_closed_over_in_a_callers_jit():
+    """The kernels have compiler options of their own, which only a program of its own may have."""
+    system = random_system(0, num_trials=2, num_timesteps=6, state_dim=2, emission_dim=3)
+    arguments, keywords = system.data
+    loglik = lambda shift: shift + issm.lgssm_filter(system.params, *arguments, **keywords).marginal_loglik  # noqa: E731
+    assert relative_error(jax.jit(loglik)(0.0), loglik(0.0)) < 1e-12
+    gradient = jax.grad(lambda shift: loglik(shift).sum())(0.0)
+    assert gradient == 2

@@ -29,7 +29,7 @@ class Moments(eqx.Module):
     smoothed_cross_covs: Float[Array, "*patterns num_timesteps_minus_1 state_dim state_dim"]
 
 
-class Means(eqx.Module):
+class TrialMeans(eqx.Module):
     r"""What depends on the values and not on the pattern alone.
 
     Attributes:

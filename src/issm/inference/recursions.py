@@ -13,7 +13,8 @@ from jaxtyping import Array
 from issm.inference import lanes
 from issm.inference.compression import compress
 from issm.inference.covariances import StepMatrices, run_covariances, run_informations
-from issm.inference.moments import Means, Moments
+from issm.inference.means import following
+from issm.inference.moments import Moments, TrialMeans
 from issm.inference.shared_means import are_worth_it, shared_means
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.transitions import Transitions, lgssm_transitions
@@ -30,12 +31,12 @@ def small_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     updates = run_covariances(weights, covs, observations.weights, trials.num_patterns)
     predicted_covs, filtered_covs = lanes.symmetrize(updates.predicted), lanes.symmetrize(updates.filtered)
     retained, white_weights = updates.retained, updates.white_weights
-    next_weights = _following(weights)
+    next_weights = following(weights)
     propagated = lanes.transpose(lanes.matmul(next_weights, retained))
     onward = lanes.matmul(filtered_covs, lanes.transpose(next_weights))
     information = lanes.matmul(lanes.transpose(white_weights), white_weights)
     informations = lanes.symmetrize(run_informations(propagated, information))
-    explained = lanes.matmul(onward, _following(informations))
+    explained = lanes.matmul(onward, following(informations))
     smoothed_covs = lanes.symmetrize(filtered_covs - lanes.matmul(explained, lanes.transpose(onward)))
     cross_covs = onward[:-1] - lanes.matmul(explained[:-1], predicted_covs[1:])
 
@@ -60,7 +61,7 @@ def small_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     )
 
 
-def _means_in_lanes(matrices: StepMatrices, shifts: Array, values: Array, layout: "_Layout") -> Means:
+def _means_in_lanes(matrices: StepMatrices, shifts: Array, values: Array, layout: "_Layout") -> TrialMeans:
     """The means of all trials, with the trials as lanes; what is not recursive is a pass over all steps."""
     shifts, values = layout.enter(shifts), layout.enter(values)
     each = layout.each
@@ -73,14 +74,9 @@ def _means_in_lanes(matrices: StepMatrices, shifts: Array, values: Array, layout
     innovations = lanes.matvec(each(matrices.whitener), values) - seen
     scores = lanes.matvec(each(lanes.transpose(matrices.white_weights)), innovations)
     adjoints = _recursion(each(matrices.propagated), scores, reverse=True)
-    smoothed = filtered + lanes.matvec(each(matrices.onward), _following(adjoints))
+    smoothed = filtered + lanes.matvec(each(matrices.onward), following(adjoints))
     squares = (innovations**2).sum(axis=-2)
-    return Means(*map(layout.leave, (filtered, predicted, squares, adjoints, smoothed)))
-
-
-def _following(by_step: Array) -> Array:
-    """The entries of the next step; zero after the last."""
-    return jnp.concatenate([by_step[1:], jnp.zeros_like(by_step[:1])])
+    return TrialMeans(*map(layout.leave, (filtered, predicted, squares, adjoints, smoothed)))
 
 
 def _recursion(matrices: Array, drive: Array, reverse: bool = False) -> Array:

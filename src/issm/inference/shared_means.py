@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array
 
 from issm.inference.covariances import StepMatrices
-from issm.inference.moments import Means
+from issm.inference.moments import TrialMeans
 from issm.models.trials import Chunks
 
 SMALLEST_SHARED_STEP = 1024
@@ -26,7 +26,9 @@ def are_worth_it(num_trials: int, state_dim: int, num_patterns: int, chunks: Chu
     return sharing * state_dim >= SMALLEST_SHARED_STEP
 
 
-def shared_means(matrices: StepMatrices, shifts: Array, values: Array, offsets: Array, chunks: Chunks | None) -> Means:
+def shared_means(
+    matrices: StepMatrices, shifts: Array, values: Array, offsets: Array, chunks: Chunks | None
+) -> TrialMeans:
     """Filter and smooth the values z less their offsets, `(num_trials, num_timesteps, rows)`."""
     if offsets.shape[0] > 1:
         values, offsets = values - offsets, jnp.zeros_like(offsets[:1, :1])
@@ -36,7 +38,9 @@ def shared_means(matrices: StepMatrices, shifts: Array, values: Array, offsets: 
     filtered, predicted, squares, innovations = _forwards(as_rows, shifts, values, offsets)
     adjoints, smoothed = _backwards(as_rows, innovations, filtered)
     leave = lambda x: _leave(x, chunks)  # noqa: E731
-    return Means(leave(filtered), leave(predicted), leave(squares[..., None])[..., 0], leave(adjoints), leave(smoothed))
+    return TrialMeans(
+        leave(filtered), leave(predicted), leave(squares[..., None])[..., 0], leave(adjoints), leave(smoothed)
+    )
 
 
 def _forwards(
