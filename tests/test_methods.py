@@ -132,6 +132,18 @@ def test_covariances_that_take_long_to_settle():
     assert_same(KERNELS["small_moments"](params, trials), KERNELS["dense_moments"](params, trials))
 
 
+def test_trials_with_patterns_of_their_own_hold_nothing_but_results():
+    """Everything beside the results takes less than two arrays of the covariances of all trials; each costs more than the arithmetic."""
+    shape = dict(num_trials=20, num_timesteps=50, state_dim=6, emission_dim=2)
+    system = random_system(0, clamps="mixed", shared_interventions=False, missing=0.2, **shape)
+    arguments, keywords = system.data
+    trials = as_trials(system.params, *arguments, keywords["interventions"])
+    assert trials.num_patterns == trials.num_trials
+    compiled = jax.jit(small_moments).lower(system.params, trials).compile()
+    covariances = compiled(system.params, trials).smoothed_covs
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * covariances.nbytes
+
+
 @pytest.mark.parametrize("cov", ["diagonal", "full"])
 @pytest.mark.parametrize("offset", [1e2, 1e6])
 def test_emissions_far_from_zero(cov, offset):

@@ -4,6 +4,7 @@ Only $P_t$ and $N_t$ run through a scan. With $S = I + H P^- H^\top = L L^\top$,
 products with them, is one vectorised pass over all steps.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -13,9 +14,15 @@ from jax import lax
 from jaxtyping import Array
 
 from issm.inference import lanes
+from issm.inference.memory import stored
+from issm.interventions import Intervention
+from issm.models.transitions import Transitions, clamped_transitions
 
 MOST_UNROLLED_ROWS = 3
 """Loops over more rows than this stay loops: unrolled, they compile slowly and fuse badly."""
+
+MOST_UNROLLED_PIVOTS = 8
+"""An elimination of more pivots is a loop, which compiles in less time and takes up to twice as long."""
 
 STEPS_OF_BLOCK = 32
 """Steps of one pattern that are computed together: enough lanes for a vectorised loop, few enough to stop soon after settling."""
@@ -36,7 +43,6 @@ class Updates(eqx.Module):
         gains: K.
         white_weights: $L^{-1} H$.
         whitener: $L^{-1}$.
-        pivots: Squared diagonal of L.
     """
 
     predicted: Array
@@ -44,75 +50,117 @@ class Updates(eqx.Module):
     gains: Array
     white_weights: Array
     whitener: Array
-    pivots: Array
+
+    @property
+    def log_det(self) -> Array:
+        r"""$\log |S|$, from the diagonal of $L^{-1}$."""
+        return -2 * jnp.log(jnp.einsum("...iil->...il", self.whitener)).sum(axis=-2)
 
     @property
     def filtered(self) -> Array:
         r"""$P = V P^- V^\top + K K^\top$, Joseph's form, which keeps its digits however small the noise."""
-        kept = lanes.matmul(lanes.matmul(self.retained, self.predicted), lanes.transpose(self.retained))
-        return kept + lanes.matmul(self.gains, lanes.transpose(self.gains))
+        kept = lanes.product(self.retained, self.predicted)
+        return lanes.matmul(kept, lanes.transpose(self.retained)) + lanes.matmul(
+            self.gains, lanes.transpose(self.gains)
+        )
 
 
-def run_covariances(weights: Array, covs: Array, rows: Array, num_lanes: int) -> Updates:
+class PatternTransitions(eqx.Module):
+    """The transitions of every pattern, which clamps cut where they are asked for: an array of all would be as large as the covariances.
+
+    Attributes:
+        free: The transitions without clamps.
+        clamps: The clamps of every pattern as lanes, `(num_timesteps, state_dim, num_patterns or 1)`.
+    """
+
+    free: Transitions
+    clamps: Intervention
+
+    @property
+    def weights(self) -> Array:
+        """$A_t$, `(num_timesteps, state_dim, state_dim, num_patterns or 1)`."""
+        return self._clamped.weights
+
+    @property
+    def cov(self) -> Array:
+        """$Q_t$, in the same layout."""
+        return self._clamped.cov
+
+    @property
+    def _clamped(self) -> Transitions:
+        return jax.vmap(clamped_transitions, in_axes=(None, -1), out_axes=-1)(self.free, self.clamps)
+
+
+def run_covariances(transitions: PatternTransitions, rows: Array, num_lanes: int) -> Updates:
     """The one recursion of the covariances."""
-    steps = (weights, covs) if rows.shape[0] == 1 else (weights, covs, rows)
-    start = jnp.zeros((*weights.shape[1:3], num_lanes), weights.dtype)
+    varying_rows = () if rows.shape[0] == 1 else (rows,)
+    state_dim, dtype = rows.shape[2], rows.dtype
+    start = jnp.zeros((state_dim, state_dim, num_lanes), dtype)
     if num_lanes == 1:
-        return _run_blocks(start, steps, rows)
+        return _of_one_pattern(start, (transitions.weights, transitions.cov, *varying_rows), rows)
 
     def step(cov: Array, at: tuple) -> tuple[Array, Updates]:
-        weights, noise, *varying = at
-        return _update(_predict(cov, weights, noise), varying[0] if varying else rows[0])
+        transition, *varying = at
+        here = jax.tree.map(lambda leaf: leaf[None], transition)
+        predicted = predict(cov, here.weights[0], here.cov[0])
+        updates = update(predicted, varying[0] if varying else rows[0])
+        return updates.filtered, updates
 
-    return lax.scan(step, start, steps)[1]
+    return lax.scan(step, start, (transitions, *varying_rows))[1]
 
 
-def _run_blocks(start: Array, steps: tuple[Array, ...], rows: Array) -> Updates:
-    """The recursion of one pattern, in blocks of steps: within a block everything but the recursion has the steps as lanes.
-
-    Once the covariances have settled, the blocks that follow are passed over up to the first in which some step differs from the
-    one before it; their updates are those of the last step that was computed.
-    """
-    num_timesteps, dtype = steps[0].shape[0], start.dtype
-    few = start.size * num_timesteps < FEWEST_ENTRIES_IN_BLOCKS
-    size = num_timesteps if few else min(num_timesteps, STEPS_OF_BLOCK)
-    num_blocks = -(-num_timesteps // size)
-    rest = num_blocks * size - num_timesteps
-    blocks = [
-        jnp.pad(x, ((0, rest), *((0, 0),) * 3), mode="edge").reshape(num_blocks, size, *x.shape[1:]) for x in steps
-    ]
+def _of_one_pattern(start: Array, steps: tuple[Array, ...], rows: Array) -> Updates:
+    """The recursion of one pattern, in blocks: within a block everything but the recursion has the steps as lanes."""
     as_lanes = lambda x: jnp.moveaxis(x[..., 0], 0, -1)  # noqa: E731
     as_steps = lambda x: jnp.moveaxis(x, -1, 0)[..., None]  # noqa: E731
 
     def step(cov: Array, at: tuple) -> tuple[Array, Array]:
         weights, noise, *varying = at
-        predicted = _predict(cov, weights, noise)
+        predicted = predict(cov, weights, noise)
         return _take_in(predicted, varying[0] if varying else rows[0]), predicted
 
     def block(cov: Array, at: tuple) -> tuple[Array, Updates]:
         cov, predicted = lax.scan(step, cov, at)
-        updates = _update(as_lanes(predicted), as_lanes(at[2]) if len(at) == 3 else rows[0])[1]
+        updates = update(as_lanes(predicted), as_lanes(at[2]) if len(at) == 3 else rows[0])
         return cov, jax.tree.map(as_steps, updates)
 
-    def is_settled(predicted: Array) -> Array:
-        now, before = predicted[-1], predicted[-1 - STEPS_WITHOUT_CHANGE]
+    return _run_blocks(block, start, steps, lambda updates: updates.predicted)
+
+
+def _run_blocks(block: Callable, start: Array, steps: tuple[Array, ...], watched: Callable[[Any], Array]) -> Any:
+    """A recursion over one matrix in blocks of steps: `block(matrix, steps)` gives the next matrix and what it found at its steps.
+
+    Once the matrices that are `watched` have settled, the blocks that follow are passed over up to the first in which some step
+    differs from the one before it; what they would find is that of the last step that was computed.
+    """
+    num_timesteps, dtype = steps[0].shape[0], start.dtype
+    few = start.size * num_timesteps < FEWEST_ENTRIES_IN_BLOCKS
+    size = num_timesteps if few else min(num_timesteps, STEPS_OF_BLOCK)
+    num_blocks = -(-num_timesteps // size)
+    if num_blocks == 1:
+        return block(start, steps)[1]
+    rest = num_blocks * size - num_timesteps
+    blocks = [
+        jnp.pad(x, ((0, rest), *((0, 0),) * 3), mode="edge").reshape(num_blocks, size, *x.shape[1:]) for x in steps
+    ]
+
+    def is_settled(matrices: Array) -> Array:
+        now, before = matrices[-1], matrices[-1 - STEPS_WITHOUT_CHANGE]
         scale = jnp.einsum("iil->il", now)
         change = (now - before) ** 2 / jnp.maximum(scale[:, None] * scale[None], jnp.finfo(dtype).tiny)
         return (change <= (4 * jnp.finfo(dtype).eps) ** 2).all()
 
-    if num_blocks == 1:
-        return block(start, steps)[1]
     shapes = jax.eval_shape(block, start, tuple(x[0] for x in blocks))[1]
     blank = jax.tree.map(lambda leaf: jnp.zeros((num_blocks, *leaf.shape), leaf.dtype), shapes)
     quiet, next_different = _find_changes(blocks)
 
     def run(carry: tuple) -> tuple:
-        index, cov, computed, found = carry
-        here = [lax.dynamic_index_in_dim(x, index, keepdims=False) for x in blocks]
-        after, updates = block(cov, tuple(here))
-        found = jax.tree.map(lambda all, x: lax.dynamic_update_index_in_dim(all, x, index, 0), found, updates)
-        settled = quiet[index] & is_settled(updates.predicted)
-        return jnp.where(settled, next_different[index], index + 1), after, computed.at[index].set(True), found
+        index, matrix, computed, found = carry
+        at = tuple(lax.dynamic_index_in_dim(x, index, keepdims=False) for x in blocks)
+        matrix, here = block(matrix, at)
+        found = jax.tree.map(lambda all, x: lax.dynamic_update_index_in_dim(all, x, index, 0), found, here)
+        settled = quiet[index] & is_settled(watched(here))
+        return jnp.where(settled, next_different[index], index + 1), matrix, computed.at[index].set(True), found
 
     carry = (jnp.zeros((), jnp.int32), start, jnp.zeros(num_blocks, bool), blank)
     _, _, computed, found = lax.while_loop(lambda carry: carry[0] < num_blocks, run, carry)
@@ -135,8 +183,9 @@ def _find_changes(blocks: list[Array]) -> tuple[Array, Array]:
     return ~differs[:, -STEPS_WITHOUT_CHANGE:].any(axis=1), next_different
 
 
-def _predict(cov: Array, weights: Array, noise: Array) -> Array:
-    return lanes.matmul(lanes.matmul(weights, cov), lanes.transpose(weights)) + noise
+def predict(cov: Array, weights: Array, noise: Array) -> Array:
+    r"""$A P A^\top + Q$."""
+    return lanes.matmul(lanes.product(weights, cov), lanes.transpose(weights)) + noise
 
 
 def _take_in(cov: Array, rows: Array) -> Array:
@@ -157,49 +206,65 @@ def _take_in(cov: Array, rows: Array) -> Array:
     return lax.fori_loop(0, num_rows, take_in, (cov, *seen_by(0, cov)), unroll=unroll)[0]
 
 
-def _update(predicted: Array, rows: Array) -> tuple[Array, Updates]:
-    r"""The update of one step of all patterns, or of all steps of one pattern; the first result is the plain $P - K S K^\top$.
+def update(predicted: Array, rows: Array) -> Updates:
+    r"""The update of one step of all patterns, or of all steps of one pattern.
 
-    Rows are taken in one by one, with s = 1 + h' P h of each, by what P, V and K become: $[P, V, K] - P h\, (h^\top [P, V, K] - e) / s$,
-    where e is the unit vector of the row's own gain. $h^\top V / \sqrt{s}$ and $(e - h^\top K) / \sqrt{s}$ are its rows of
-    $L^{-1} H$ and of $L^{-1}$.
+    Elimination of the first block of columns of
+
+    $$\begin{bmatrix} S & H & I \\ P^- H^\top & I & 0 \end{bmatrix} \to
+    \begin{bmatrix} L^\top & L^{-1} H & L^{-1} \\ 0 & V & -K \end{bmatrix},$$
+
+    with the rows above scaled by the roots of their pivots.
     """
     state_dim, num_rows, num_lanes, dtype = predicted.shape[0], rows.shape[0], predicted.shape[-1], predicted.dtype
-    eye = jnp.broadcast_to(lanes.identity(state_dim, dtype), predicted.shape)
-    start = jnp.concatenate([predicted, eye, jnp.zeros((state_dim, num_rows, num_lanes), dtype)], axis=1)
-    units = jnp.eye(num_rows, 2 * state_dim + num_rows, k=2 * state_dim, dtype=dtype)
+    spread = lambda matrix: jnp.broadcast_to(matrix, (*matrix.shape[:-1], num_lanes))  # noqa: E731
+    seen = lanes.product(rows, predicted)
+    unit = lanes.identity(num_rows, dtype)
+    above = [lanes.matmul(seen, lanes.transpose(rows)) + unit, spread(rows), spread(unit)]
+    below = [
+        lanes.transpose(seen),
+        spread(lanes.identity(state_dim, dtype)),
+        jnp.zeros((state_dim, num_rows, num_lanes), dtype),
+    ]
+    left = jnp.concatenate([jnp.concatenate(above, axis=1), jnp.concatenate(below, axis=1)])
+    if num_rows > MOST_UNROLLED_PIVOTS:
+        left = lax.fori_loop(0, num_rows, _eliminate, left)
+        pivots = jnp.einsum("iil->il", left[:num_rows, :num_rows])
+        white, left = left[:num_rows, num_rows:] * lax.rsqrt(pivots)[:, None], left[num_rows:, num_rows:]
+    else:
+        rows_above = []
+        for i in range(num_rows):
+            left = stored(left)
+            pivot = left[0, 0]
+            rows_above.append(left[0, num_rows - i :] * lax.rsqrt(pivot)[None])
+            left = left[1:, 1:] - (left[1:, 0] / pivot[None])[:, None] * left[0, None, 1:]
+        white, left = jnp.stack(rows_above), stored(left)
+    return Updates(predicted, left[:, :state_dim], -left[:, state_dim:], white[:, :state_dim], white[:, state_dim:])
 
-    def see(known: Array, i: Any) -> tuple[Array, Array, Array]:
-        row, unit = (lax.dynamic_index_in_dim(x, i, keepdims=False) for x in (rows, units))
-        products = (known[j] * row[None, j] for j in range(state_dim))
-        seen: Array = sum(products, start=-unit[:, None])  # type: ignore[assignment]
-        pivot = sum((seen[j] * row[j] for j in range(state_dim)), start=jnp.ones((), dtype))
-        return seen, seen[:state_dim] / pivot[None], pivot
 
-    def take_in(carry: tuple, i: Array) -> tuple[tuple, tuple[Array, Array]]:
-        # The next row is seen before it is needed: XLA would see it once for each state.
-        known, seen, gain, pivot = carry
-        known = known - gain[:, None] * seen[None]
-        return (known, *see(known, jnp.minimum(i + 1, num_rows - 1))), (seen[state_dim:], pivot)
-
-    unroll = num_rows <= MOST_UNROLLED_ROWS
-    carry, (seen, pivots) = lax.scan(take_in, (start, *see(start, 0)), jnp.arange(num_rows), unroll=unroll)
-    known = carry[0]
-    filtered, retained, gains = jnp.split(known, (state_dim, 2 * state_dim), axis=1)
-    white = seen / jnp.sqrt(pivots)[:, None]
-    return filtered, Updates(predicted, retained, gains, white[:, :state_dim], -white[:, state_dim:], pivots)
+def _eliminate(i: Array, left: Array) -> Array:
+    """Clear the column of pivot i below its row."""
+    row, column = (lax.dynamic_index_in_dim(left, i, axis, keepdims=False) for axis in (0, 1))
+    pivot = lax.dynamic_index_in_dim(row, i)
+    below = jnp.arange(left.shape[0])[:, None] > i
+    return left - jnp.where(below, column / pivot, 0.0)[:, None] * row[None]
 
 
 def run_informations(propagated: Array, information: Array) -> Array:
     """N_t = F_t + V_t' A_{t+1}' N_{t+1} A_{t+1} V_t, backwards from zero."""
 
-    def step(carry: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
+    def step(later: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
         propagated, information = at
-        through = lanes.matmul(lanes.matmul(propagated, carry), lanes.transpose(propagated))
-        carry = information + through
-        return carry, carry
+        through = lanes.product(later, propagated)
+        here = information + lanes.matmul(lanes.transpose(propagated), through)
+        return here, here
 
-    start = jnp.zeros(jnp.broadcast_shapes(propagated.shape[1:], information.shape[1:]), information.dtype)
+    def block(later: Array, at: tuple) -> tuple[Array, Array]:
+        return lax.scan(step, later, at)
+
+    start = jnp.zeros_like(information[0])
+    if start.shape[-1] == 1:
+        return _run_blocks(block, start, (propagated[::-1], information[::-1]), lambda found: found)[::-1]
     return lax.scan(step, start, (propagated, information), reverse=True)[1]
 
 
@@ -209,7 +274,7 @@ class StepMatrices(eqx.Module):
     Attributes:
         weights: $A_t$.
         retained, gains, whitener, white_weights: As in `Updates`.
-        propagated: $V_t^\top A_{t+1}^\top$, zero at the last step.
+        propagated: $A_{t+1} V_t$, zero at the last step.
         onward: $P_t A_{t+1}^\top = Cov[x_t, x_{t+1} \mid y_{0:t}]$, zero at the last step.
     """
 

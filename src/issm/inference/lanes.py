@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from issm.inference.memory import stored
+
 
 def matmul(left: Array, right: Array) -> Array:
     """Products of matrices, `(..., i, j, lanes)` by `(..., j, k, lanes)`."""
@@ -19,6 +21,11 @@ def matmul(left: Array, right: Array) -> Array:
         return (left[:, :, None] * right[None]).sum(axis=1)
     columns = range(left.shape[-2])
     return sum(left[..., :, j, None, :] * right[..., None, j, :, :] for j in columns)  # type: ignore[return-value]
+
+
+def product(left: Array, right: Array) -> Array:
+    """`matmul` as an array of its own, for a result that several others use."""
+    return matmul(left, right) if left.shape[-1] == right.shape[-1] == 1 else stored(matmul(left, right))
 
 
 def matvec(matrix: Array, vector: Array) -> Array:

@@ -1,8 +1,10 @@
 r"""Filter and smoother for a handful of states, all trials at once.
 
 Covariances are computed once for each pattern of clamps and missing entries, means for each trial: by `shared_means` where many trials
-share a pattern, else here, with the trials as lanes.
+share a pattern, else here, with the trials as lanes. Where no two trials share one, `own_patterns` runs.
 """
+
+from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -12,27 +14,33 @@ from jaxtyping import Array
 
 from issm.inference import lanes
 from issm.inference.compression import compress
-from issm.inference.covariances import StepMatrices, run_covariances, run_informations
+from issm.inference.covariances import PatternTransitions, StepMatrices, run_covariances, run_informations
 from issm.inference.means import following
 from issm.inference.moments import Moments, TrialMeans
+from issm.inference.own_patterns import Steps, own_moments
 from issm.inference.shared_means import are_worth_it, shared_means
 from issm.models.lgssm import ParamsLGSSM
-from issm.models.transitions import Transitions, lgssm_transitions
+from issm.models.transitions import free_transitions, lgssm_transitions
 from issm.models.trials import Chunks, Plan, Trials
 
 
 def small_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     """Filter and smooth all trials; what the caller does not use is not computed under `jit`."""
     observations = compress(params, trials)
-    by_pattern = _transitions(params, trials.of_patterns().plan)
-    shifts = _transitions(params, trials.plan).shift
-    weights, covs = _to_lanes(by_pattern.weights), _to_lanes(by_pattern.cov)
+    transitions = _of_patterns(params, trials.of_patterns().plan)
+    shifts = _shifts(params, trials.plan)
+    weights = transitions.weights
 
-    updates = run_covariances(weights, covs, observations.weights, trials.num_patterns)
+    if trials.pattern is None and trials.num_patterns > 1:
+        values = observations.values - observations.offsets
+        moments = own_moments(Steps(transitions, shifts, values, observations.weights))
+        return replace(moments, logliks=observations.log_norm + moments.logliks - observations.unexplained / 2)
+
+    updates = run_covariances(transitions, observations.weights, trials.num_patterns)
     predicted_covs, filtered_covs = lanes.symmetrize(updates.predicted), lanes.symmetrize(updates.filtered)
     retained, white_weights = updates.retained, updates.white_weights
     next_weights = following(weights)
-    propagated = lanes.transpose(lanes.matmul(next_weights, retained))
+    propagated = lanes.matmul(next_weights, retained)
     onward = lanes.matmul(filtered_covs, lanes.transpose(next_weights))
     information = lanes.matmul(lanes.transpose(white_weights), white_weights)
     informations = lanes.symmetrize(run_informations(propagated, information))
@@ -46,9 +54,9 @@ def small_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
         means = shared_means(matrices, shifts, values, offsets, chunks)
     else:
         means = _means_in_lanes(matrices, _to_lanes(shifts), _to_lanes(values - offsets), _Layout(chunks))
-    log_det = jnp.log(updates.pivots).sum(axis=-2)
     return Moments(
-        logliks=observations.log_norm - (trials.spread(log_det.T) + means.squares + observations.unexplained) / 2,
+        logliks=observations.log_norm
+        - (trials.spread(updates.log_det.T) + means.squares + observations.unexplained) / 2,
         filtered_means=means.filtered,
         filtered_covs=_from_lanes(filtered_covs),
         predicted_means=means.predicted,
@@ -80,14 +88,14 @@ def _means_in_lanes(matrices: StepMatrices, shifts: Array, values: Array, layout
 
 
 def _recursion(matrices: Array, drive: Array, reverse: bool = False) -> Array:
-    """The vectors x_t = W_t x_{t-1} + b_t, forwards or backwards, from zero; they take the place of b_t, without another array."""
+    """x_t = W_t x_{t-1} + b_t, or x_t = W_t' x_{t+1} + b_t, from zero; the vectors take the place of b_t, without another array."""
     num_steps = drive.shape[0]
 
     def step(count: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         vector, vectors = carry
         t = num_steps - 1 - count if reverse else count
         matrix, shift = (lax.dynamic_index_in_dim(x, t, keepdims=False) for x in (matrices, vectors))
-        vector = lanes.matvec(matrix, vector) + shift
+        vector = lanes.matvec(lanes.transpose(matrix) if reverse else matrix, vector) + shift
         return vector, lax.dynamic_update_index_in_dim(vectors, vector, t, axis=0)
 
     return lax.fori_loop(0, num_steps, step, (jnp.zeros_like(drive[0]), drive))[1]
@@ -116,13 +124,21 @@ class _Layout(eqx.Module):
         return _from_lanes(by_lane if self.chunks is None else jnp.take(by_lane, self.chunks.place, axis=-1))
 
 
-def _transitions(params: ParamsLGSSM, plan: Plan) -> Transitions:
-    """Transitions with a leading axis over the trials of the plan, of length 1 if they share it."""
-    axes = plan.axes
+def _of_patterns(params: ParamsLGSSM, plan: Plan) -> PatternTransitions:
+    """The transitions of every pattern."""
+    inputs = jnp.zeros((plan.inputs.shape[-2], params.input_dim), plan.inputs.dtype)
+    leading = lambda leaf: leaf if leaf.ndim == 3 else leaf[None]  # noqa: E731
+    clamps = jax.tree.map(lambda leaf: _to_lanes(leading(leaf)), plan.intervention)
+    return PatternTransitions(free_transitions(params, inputs), clamps)
+
+
+def _shifts(params: ParamsLGSSM, plan: Plan) -> Array:
+    """$a_t$ with a leading axis over the trials of the plan, of length 1 if they share it."""
+    one = lambda inputs, intervention: lgssm_transitions(params, inputs, intervention).shift  # noqa: E731
     if plan.inputs.ndim == 2 and plan.intervention.mask.ndim == 2:
-        return jax.tree.map(lambda leaf: leaf[None], lgssm_transitions(params, plan.inputs, plan.intervention))
-    over_trials = jax.vmap(lgssm_transitions, in_axes=(None, axes.inputs, axes.intervention))
-    return over_trials(params, plan.inputs, plan.intervention)
+        return one(plan.inputs, plan.intervention)[None]
+    axes = plan.axes
+    return jax.vmap(one, in_axes=(axes.inputs, axes.intervention))(plan.inputs, plan.intervention)
 
 
 def _to_lanes(array: Array) -> Array:

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array
 
 from issm.inference.covariances import StepMatrices
+from issm.inference.memory import blanks
 from issm.inference.moments import TrialMeans
 from issm.models.trials import Chunks
 
@@ -53,21 +54,22 @@ def _forwards(
     of_values = jnp.concatenate([matrices.gains, matrices.whitener], axis=-1)
     of_offsets = jnp.transpose(offsets, (2, 0, 1, 3)) @ of_values
 
+    in_place = values.shape[-1] == state_dim  # filtered means take the place of the values that they were made of
+
     def step(t: Array, carry: tuple) -> tuple:
         mean, *found = carry
-        values = found[0]  # innovations take the place of the values that they were made of
+        seen = _vectors(found[0] if in_place else values, t)
         predicted = mean @ _matrix(matrices.weights, t) + _vectors(shifts, t)
-        both = (
-            predicted @ _matrix(of_predicted, t) + _vectors(values, t) @ _matrix(of_values, t) - _matrix(of_offsets, t)
-        )
+        both = predicted @ _matrix(of_predicted, t) + seen @ _matrix(of_values, t) - _matrix(of_offsets, t)
         mean, innovation = both[..., :state_dim], both[..., state_dim:]
-        here = (innovation, mean, predicted, (innovation**2).sum(axis=-1))
+        here = (mean, predicted, (innovation**2).sum(axis=-1), innovation)
         return mean, *(lax.dynamic_update_index_in_dim(*pair, t, axis=2) for pair in zip(found, here, strict=True))
 
-    blank = (jnp.zeros((num_chunks, size, num_timesteps, *dim), dtype) for dim in ((state_dim,), (state_dim,), ()))
     start = jnp.zeros((num_chunks, size, state_dim), dtype)
-    innovations, *moments = lax.fori_loop(0, num_timesteps, step, (start, values, *blank))[1:]
-    return *moments, innovations
+    dims = ((state_dim,), (state_dim,), (), values.shape[-1:])
+    filtered, *found = blanks(dtype, *((num_chunks, size, num_timesteps, *dim) for dim in dims))
+    found = (values if in_place else filtered, *found)
+    return lax.fori_loop(0, num_timesteps, step, (start, *found))[1:]
 
 
 def _backwards(matrices: StepMatrices, innovations: Array, filtered: Array) -> tuple[Array, Array]:
@@ -75,7 +77,7 @@ def _backwards(matrices: StepMatrices, innovations: Array, filtered: Array) -> t
     state_dim, num_timesteps = filtered.shape[-1], filtered.shape[2]
     in_place = innovations.shape == filtered.shape
     scoring = jnp.swapaxes(matrices.white_weights, -1, -2)
-    of_next = jnp.concatenate([matrices.propagated, matrices.onward], axis=-1)
+    of_next = jnp.concatenate([jnp.swapaxes(matrices.propagated, -1, -2), matrices.onward], axis=-1)
 
     def step(count: Array, carry: tuple) -> tuple:
         adjoint, adjoints, smoothed = carry
