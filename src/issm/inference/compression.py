@@ -55,6 +55,13 @@ def residuals(params: ParamsLGSSM, trials: Trials) -> Array:
     return trials.emissions - _offsets(params, trials.plan.inputs)
 
 
+def squares_by_emission(params: ParamsLGSSM, trials: Trials) -> Array:
+    r"""$\sum_t (y_{tn} - D_n u_t - d_n)^2$ of complete data, `(num_trials, emission_dim)`."""
+    if trials.plan.inputs.ndim == 2:
+        return (residuals(params, trials) ** 2).sum(axis=1)
+    return _by_trial(lambda emissions, offsets: ((emissions - offsets) ** 2).sum(axis=0), params, trials)
+
+
 def _varies(params: ParamsLGSSM) -> bool:
     """Whether the emission map or its noise varies in time."""
     return any(isinstance(field, TimeVarying) for field in (params.emissions.weights, params.emissions.cov))
@@ -103,19 +110,41 @@ def _compress_complete(params: ParamsLGSSM, trials: Trials) -> Compressed:
     values, offsets = emissions @ projection, _projected_offsets(params, inputs, projection)
     explained = ((values - offsets) ** 2).sum(axis=-1)
     if trials.sums is None:
-        of_offsets = _apply(whitener, _offsets(params, inputs))
-        total = ((_apply(whitener, emissions) - of_offsets) ** 2).sum(axis=-1)
-        left = total - explained
-        enough = keeps_digits(left + emission_dim, total + (of_offsets**2).sum(axis=-1))
-        values, left = _replace_unless(enough, from_residuals, params, trials, values, left)
+        enough, left = _leave(params, trials, whitener, explained)
+
+        def again(emissions: Array, offsets: Array) -> tuple[Array, Array]:
+            values, squares = from_residuals(emissions, offsets)
+            return values, _like(left[0], squares)
+
+        values, left = _replace_unless(enough, again, params, trials, values, left)
+        left = jnp.broadcast_to(left * (left.shape[1] / explained.shape[1]), explained.shape)
         return Compressed(rows, values, jnp.where(enough, offsets, 0.0), log_norm, left)
     second = trials.sums.less_offsets(params)
     whitened = second * whitener**2 if second.ndim == 1 else (whitener @ second) * whitener
     total = whitened.sum()
     left = total - explained.sum()
-    again = lambda: _by_trial(from_residuals, params, trials)[1].sum()  # noqa: E731
-    unexplained = lax.cond(keeps_digits(left, total), lambda: left, again)
+    in_all = lambda: _by_trial(from_residuals, params, trials)[1].sum()  # noqa: E731
+    unexplained = lax.cond(keeps_digits(left, total), lambda: left, in_all)
     return Compressed(rows, values, offsets, log_norm, jnp.full_like(log_norm, unexplained / explained.size))
+
+
+def _leave(params: ParamsLGSSM, trials: Trials, whitener: Array, explained: Array) -> tuple[Array, Array]:
+    """Whether differences of squares keep their digits, and what no state explains: of every step or of every trial."""
+    whitened_offsets = _apply(whitener, _offsets(params, trials.plan.inputs))
+    of_offsets = jnp.broadcast_to((whitened_offsets**2).sum(axis=-1), (1, explained.shape[1]))
+    if trials.by_step or whitener.ndim == 2:
+        total = ((_apply(whitener, trials.emissions) - whitened_offsets) ** 2).sum(axis=-1)
+    else:
+        total = (squares_by_emission(params, trials) @ whitener**2)[:, None]
+    of_offsets, explained = (_like(total[:1], x) for x in (of_offsets, explained))
+    left = total - explained
+    num_emissions = trials.emissions[0].size / total.shape[1]
+    return keeps_digits(left + num_emissions, total + of_offsets), left
+
+
+def _like(total: Array, by_step: Array) -> Array:
+    """Squares of steps, or their sum where the total has one entry on its last axis."""
+    return by_step if total.shape[-1] == by_step.shape[-1] else by_step.sum(axis=-1, keepdims=True)
 
 
 def _centred(rows: Array, values: Array, log_norm: Array, unexplained: Array) -> Compressed:

@@ -12,6 +12,7 @@ The rule is a linear map of tangents: it serves forward mode, and by transpositi
 differentiate the smoother.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -44,7 +45,8 @@ def _log_likelihoods(params: ParamsLGSSM, trials: Trials, method: str) -> Float[
 
 def _log_likelihoods_jvp(method: str, primals: tuple[ParamsLGSSM, Trials], tangents: tuple) -> tuple[Array, Array]:
     params, trials = primals
-    moments = filter_and_smooth(params, trials, method)
+    in_total = replace(trials, by_step=False)  # the squares that the score needs say the likelihood of a trial as well
+    moments = filter_and_smooth(params, in_total, method)
     tangent = _transition_tangent(params, trials, moments, tangents) + _emission_tangent(
         params, trials, moments, tangents
     )

@@ -62,6 +62,7 @@ class Trials(eqx.Module):
         may_miss: Whether an entry may be missing; false only when the values are known to be complete.
         chunks: The trials by pattern, where `pattern` is not None.
         sums: Where a fit has made them, log-likelihoods need be right in total only, and the data are read fewer times.
+        by_step: Whether log-likelihoods are asked for at every step, or only their sum for each trial.
     """
 
     emissions: Float[Array, "num_trials num_timesteps emission_dim"]
@@ -72,6 +73,7 @@ class Trials(eqx.Module):
     may_miss: bool = eqx.field(static=True)
     chunks: Chunks | None = None
     sums: EmissionSums | None = None
+    by_step: bool = eqx.field(static=True, default=True)
 
     @property
     def num_trials(self) -> int:
