@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import issm
 from helpers import random_system, relative_error
-from issm.inference import shared_means
+from issm.inference import covariances, shared_means
 from issm.inference.covariances import STEPS_OF_BLOCK
 from issm.inference.dense import dense_moments
 from issm.inference.exact import exact_residual
@@ -29,8 +29,9 @@ QUICK = {"xla_backend_optimization_level": "0"}  # compiled once for a few milli
 
 
 def shared_moments(params, trials):
-    """The means of few trials by the loops that are meant for many."""
-    with mock.patch.object(shared_means, "SMALLEST_SHARED_STEP", 0):
+    """The means of few trials by the loops that are meant for many, and few rows by the elimination that is meant for many."""
+    fewest, most = (shared_means, "SMALLEST_SHARED_STEP", 0), (covariances, "MOST_UNROLLED_PIVOTS", 0)
+    with mock.patch.object(*fewest), mock.patch.object(*most):
         return small_moments(params, trials)
 
 
