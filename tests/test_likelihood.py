@@ -108,8 +108,8 @@ def test_score_of_complete_data_from_sums(offset):
     trials = eqx.tree_at(lambda t: t.emissions, trials, trials.emissions + offset)
     params = eqx.tree_at(lambda p: p.emissions.bias, params, params.emissions.bias + offset)
     ours, plain, data = functions(trials, jnp.asarray(rng.normal(size=NUM_TRIALS)))
-    (value, actual), (plain_value, expected) = (jax.jit(jax.value_and_grad(f))(params, *data) for f in (ours, plain))
-    np.testing.assert_allclose(value, plain_value, rtol=1e-11 + 1e-15 * offset)
+    (loglik, actual), (plain_loglik, expected) = (jax.jit(jax.value_and_grad(f))(params, *data) for f in (ours, plain))
+    np.testing.assert_allclose(loglik, plain_loglik, rtol=1e-11 + 1e-15 * offset)
     for (path, found), value in zip(
         jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
     ):

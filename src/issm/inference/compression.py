@@ -110,7 +110,7 @@ def _compress_complete(params: ParamsLGSSM, trials: Trials) -> Compressed:
     values, offsets = emissions @ projection, _projected_offsets(params, inputs, projection)
     explained = ((values - offsets) ** 2).sum(axis=-1)
     if trials.sums is None:
-        enough, left = _leave(params, trials, whitener, explained)
+        enough, left = _unexplained(params, trials, whitener, explained)
 
         def again(emissions: Array, offsets: Array) -> tuple[Array, Array]:
             values, squares = from_residuals(emissions, offsets)
@@ -128,7 +128,7 @@ def _compress_complete(params: ParamsLGSSM, trials: Trials) -> Compressed:
     return Compressed(rows, values, offsets, log_norm, jnp.full_like(log_norm, unexplained / explained.size))
 
 
-def _leave(params: ParamsLGSSM, trials: Trials, whitener: Array, explained: Array) -> tuple[Array, Array]:
+def _unexplained(params: ParamsLGSSM, trials: Trials, whitener: Array, explained: Array) -> tuple[Array, Array]:
     """Whether differences of squares keep their digits, and what no state explains: of every step or of every trial."""
     whitened_offsets = _apply(whitener, _offsets(params, trials.plan.inputs))
     of_offsets = jnp.broadcast_to((whitened_offsets**2).sum(axis=-1), (1, explained.shape[1]))

@@ -37,6 +37,7 @@ class EmissionScore(eqx.Module):
         params: The parameters.
         emissions: The data.
         regressors: $\bar v_t$.
+        gram: $\sum_t \bar v_t \bar v_t^\top$.
         covs: $\sum_t Cov[x_t]$.
         squares: $q_n$.
         enough: Whether sums over the data keep their digits.
@@ -47,6 +48,7 @@ class EmissionScore(eqx.Module):
     params: ParamsLGSSM
     emissions: Float[Array, "num_trials num_timesteps emission_dim"]
     regressors: Float[Array, "num_trials num_timesteps states_and_known"]
+    gram: Float[Array, "num_trials states_and_known states_and_known"]
     covs: Float[Array, "num_trials state_dim state_dim"]
     squares: Float[Array, "num_trials emission_dim"]
     enough: Bool[Array, ""]
@@ -76,30 +78,28 @@ class EmissionScore(eqx.Module):
         num_trials, num_timesteps, emission_dim = self.emissions.shape
         projected = self.emissions.reshape(-1, emission_dim) @ _few_rows(of_data)
         with_data = (projected.reshape(num_trials, num_timesteps, -1) * self.regressors).sum(axis=(1, 2))
-        gram = jnp.swapaxes(self.regressors, 1, 2) @ self.regressors
         of_states = loaded.T @ coefficients
         of_gram = jnp.pad(of_states.at[:, state_dim:].multiply(2.0), ((0, coefficients.shape[1] - state_dim), (0, 0)))
         of_gram = of_gram - coefficients.T @ by_coefficients
-        return with_data + self.squares @ by_variance + jnp.einsum("kvw,vw->k", gram, of_gram)
+        return with_data + self.squares @ by_variance + jnp.einsum("kvw,vw->k", self.gram, of_gram)
 
 
-def has_sums(params: ParamsLGSSM, trials: Trials) -> bool:
-    """Whether these sums say all: complete data, a diagonal R, and nothing that varies in time."""
+def is_linear_in_data(params: ParamsLGSSM, trials: Trials) -> bool:
+    """Whether this score is that of the model: complete data, a diagonal R, and nothing that varies in time."""
     varies = any(isinstance(field, TimeVarying) for field in vars(params.emissions).values())
     return not trials.may_miss and not varies and is_diagonal(params.emissions.cov)
 
 
-def score_from_sums(params: ParamsLGSSM, trials: Trials, moments: Moments) -> EmissionScore:
+def emission_score(params: ParamsLGSSM, trials: Trials, moments: Moments) -> EmissionScore:
     """The score at the smoothed moments."""
     emissions, means = trials.emissions, moments.smoothed_means
     num_trials, num_timesteps, emission_dim = emissions.shape
     inputs = jnp.broadcast_to(trials.plan.inputs, (num_trials, num_timesteps, params.input_dim))
-    known = jnp.concatenate([inputs, jnp.ones_like(means[..., :1])], axis=-1)
-    regressors = jnp.concatenate([means, known], axis=-1)
+    regressors = jnp.concatenate([means, inputs, jnp.ones_like(means[..., :1])], axis=-1)
     coefficients, squares = _coefficients(params), squares_by_emission(params, trials)
-    of_known = coefficients[:, params.state_dim :]
-    gram = jnp.swapaxes(known, 1, 2) @ known
-    offsets = jnp.einsum("nv,kvw,nw->kn", of_known, gram, of_known)
+    gram, known = jnp.swapaxes(regressors, 1, 2) @ regressors, slice(params.state_dim, None)
+    of_known = coefficients[:, known]
+    offsets = jnp.einsum("nv,kvw,nw->kn", of_known, gram[:, known, known], of_known)
     expected = num_timesteps * values_of(params.emissions.cov)
     enough = keeps_digits(jnp.broadcast_to(expected, squares.shape), squares + offsets)
 
@@ -117,7 +117,7 @@ def score_from_sums(params: ParamsLGSSM, trials: Trials, moments: Moments) -> Em
 
     cross, second = lax.cond(enough, nothing, from_residuals)
     covs = trials.spread(moments.smoothed_covs.sum(axis=1))
-    return EmissionScore(params, emissions, regressors, covs, squares, enough, cross, second)
+    return EmissionScore(params, emissions, regressors, gram, covs, squares, enough, cross, second)
 
 
 def _coefficients(params: ParamsLGSSM) -> Float[Array, "emission_dim states_and_known"]:

@@ -23,7 +23,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from issm.inference.emission_score import has_sums, score_from_sums
+from issm.inference.emission_score import emission_score, is_linear_in_data
 from issm.inference.methods import choose_method, filter_and_smooth
 from issm.inference.moments import Moments
 from issm.inference.observations import whiten
@@ -95,8 +95,8 @@ def _emission_tangent(params: ParamsLGSSM, trials: Trials, moments: Moments, tan
     params_tangent, trials_tangent = tangents
     is_fixed = lambda leaf: isinstance(leaf, SymbolicZero) or leaf.size == 0  # noqa: E731
     fixed_data = is_fixed(trials_tangent.emissions) and is_fixed(trials_tangent.plan.inputs)
-    if fixed_data and has_sums(params, trials):
-        return score_from_sums(params, trials, moments).along(_instantiate(params_tangent))
+    if fixed_data and is_linear_in_data(params, trials):
+        return emission_score(params, trials, moments).along(_instantiate(params_tangent))
     return _tangent_by_trial(params, trials, moments, tangents)
 
 

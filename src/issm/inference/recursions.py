@@ -29,13 +29,12 @@ def small_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     observations = compress(params, trials)
     transitions = _of_patterns(params, trials.of_patterns().plan)
     shifts = _shifts(params, trials.plan)
-    weights = transitions.weights
-
     if trials.pattern is None and trials.num_patterns > 1:
         values = observations.values - observations.offsets
         moments = own_moments(Steps(transitions, shifts, values, observations.weights))
         return replace(moments, logliks=observations.log_norm + moments.logliks - observations.unexplained / 2)
 
+    weights = transitions.weights
     updates = run_covariances(transitions, observations.weights, trials.num_patterns)
     predicted_covs, filtered_covs = lanes.symmetrize(updates.predicted), lanes.symmetrize(updates.filtered)
     retained, white_weights = updates.retained, updates.white_weights

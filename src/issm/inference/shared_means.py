@@ -53,7 +53,6 @@ def _forwards(
     of_predicted = jnp.concatenate([matrices.retained, -matrices.white_weights], axis=-1)
     of_values = jnp.concatenate([matrices.gains, matrices.whitener], axis=-1)
     of_offsets = jnp.transpose(offsets, (2, 0, 1, 3)) @ of_values
-
     in_place = values.shape[-1] == state_dim  # filtered means take the place of the values that they were made of
 
     def step(t: Array, carry: tuple) -> tuple:
