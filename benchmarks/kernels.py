@@ -148,17 +148,6 @@ class Benchmark:
             )  # fmt: skip
 
     def gradient(self, shape: tuple) -> None:
-        import issm
-
-        model = Model(shape, self.dtype, diagonal=True)
-        log_prob = lambda params: issm.marginal_log_prob(params, model.emissions).sum()  # noqa: E731
-        ours = jax.jit(jax.value_and_grad(log_prob))  # data are known when compiled: trials share covariances
-
-        def peer_log_prob(params, emissions):
-            return jax.vmap(lambda y: dynamax().lgssm_filter(params, y).marginal_loglik)(emissions).sum()
-
-        peer = jax.jit(jax.value_and_grad(peer_log_prob))
-
         def compare(a, b):
             mine, theirs = a[1], b[1]
             found = {"value": relative(a[0], b[0])}
@@ -171,13 +160,11 @@ class Benchmark:
                 found[field] = relative(left, right)
             return found
 
-        self.compare(
-            "value and gradient",
-            model,
-            lambda m: ours(m.params),
-            lambda m: peer(m.peer, m.emissions),
-            compare,
-        )
+        for diagonal in (True, False):
+            model = Model(shape, self.dtype, diagonal)
+            ours, peer = log_prob_gradients(model)
+            name = f"value and gradient, {'diagonal' if diagonal else 'full'} R"
+            self.compare(name, model, lambda m, f=ours: f(m.params), lambda m, f=peer: f(m.peer, m.emissions), compare)
 
     def clamps(self) -> None:
         import issm
@@ -410,6 +397,19 @@ class Model:
         none = jax.tree.map(lambda _: None, self.peer)
         axes = none._replace(dynamics=none.dynamics._replace(weights=0, bias=0, cov=0))
         return jax.block_until_ready(peer), axes
+
+
+def log_prob_gradients(model: Model):
+    """Value and gradient of the log-likelihood of all trials, ours and the peer's, as functions of the parameters."""
+    import issm
+
+    def log_prob(params):  # data are known when compiled: trials share covariances
+        return issm.marginal_log_prob(params, model.emissions).sum()
+
+    def peer_log_prob(params, emissions):
+        return jax.vmap(lambda y: dynamax().lgssm_filter(params, y).marginal_loglik)(emissions).sum()
+
+    return jax.jit(jax.value_and_grad(log_prob)), jax.jit(jax.value_and_grad(peer_log_prob))
 
 
 def em_log_probs(model: Model, num_iters: int, **options):

@@ -100,11 +100,14 @@ def test_forward_mode_and_hessian_are_those_of_autodiff():
     np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_score_of_complete_data_from_sums(offset):
-    """Sums give the gradient where they keep their digits, and residuals where emissions are far from zero."""
+@pytest.mark.parametrize(
+    ("case", "offset"),
+    [("diagonal, complete, shared", 0.0), ("diagonal, complete, shared", 1e6), ("full, complete", 0.0)],
+)
+def test_score_of_complete_data(case, offset):
+    """Sums give the gradient where they keep their digits; residuals where emissions are far from zero, or R is full."""
     rng = np.random.default_rng(11)
-    params, trials = make(rng, **CASES["diagonal, complete, shared"])
+    params, trials = make(rng, **CASES[case])
     trials = eqx.tree_at(lambda t: t.emissions, trials, trials.emissions + offset)
     params = eqx.tree_at(lambda p: p.emissions.bias, params, params.emissions.bias + offset)
     ours, plain, data = functions(trials, jnp.asarray(rng.normal(size=NUM_TRIALS)))

@@ -132,14 +132,20 @@ def _unexplained(params: ParamsLGSSM, trials: Trials, whitener: Array, explained
     """Whether differences of squares keep their digits, and what no state explains: of every step or of every trial."""
     whitened_offsets = _apply(whitener, _offsets(params, trials.plan.inputs))
     of_offsets = jnp.broadcast_to((whitened_offsets**2).sum(axis=-1), (1, explained.shape[1]))
-    if trials.by_step or whitener.ndim == 2:
+    if whitener.ndim == 2:  # XLA sums squares of a product without keeping it, but not of a product less its offsets
+        along_offsets = (trials.emissions * (whitened_offsets @ whitener)).sum(axis=-1)
+        total = (_apply(whitener, trials.emissions) ** 2).sum(axis=-1) - 2 * along_offsets + of_offsets
+    elif trials.by_step:
         total = ((_apply(whitener, trials.emissions) - whitened_offsets) ** 2).sum(axis=-1)
     else:
         total = (squares_by_emission(params, trials) @ whitener**2)[:, None]
     of_offsets, explained = (_like(total[:1], x) for x in (of_offsets, explained))
     left = total - explained
-    num_emissions = trials.emissions[0].size / total.shape[1]
-    return keeps_digits(left + num_emissions, total + of_offsets), left
+    expected = left + trials.emissions[0].size / total.shape[1]
+    enough = keeps_digits(expected, total + of_offsets)
+    if whitener.ndim == 2:  # offsets that leave squares take twice the digits
+        enough = enough & keeps_digits(expected**2, of_offsets**2)
+    return enough, left
 
 
 def _like(total: Array, by_step: Array) -> Array:

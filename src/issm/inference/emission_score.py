@@ -1,18 +1,22 @@
-r"""The expected score of the emissions, trial by trial, as a linear map of the data.
+r"""The expected score of the emissions, trial by trial, for complete data and emissions that are the same at all steps.
 
-With $v_t = [x_t; w_t]$, $w_t = [u_t; 1]$, $\Theta = [C\ D\ d]$ and a diagonal R that is the same at all steps, what is expected of a trial
-given its data is
+With $v_t = [x_t; w_t]$, $w_t = [u_t; 1]$ and $\Theta = [C\ D\ d]$, what is expected of a trial given its data is
 
-$$-\tfrac12 \sum_n \Big( \frac{s_n}{R_n} + T \log 2 \pi R_n \Big), \qquad s_n = \sum_t E[(y_{tn} - \Theta_n v_t)^2].$$
+$$-\tfrac12 \big( \mathrm{tr}\, R^{-1} S + T \log |2 \pi R| \big), \qquad S = \sum_t E[(y_t - \Theta v_t)(y_t - \Theta v_t)^\top].$$
 
-Means and covariances of the states enter apart. With $\bar v_t = [\bar x_t; w_t]$ the part of the means changes along $\dot\Theta$ and
-$\dot R$, with $G = R^{-1} \dot\Theta$, $g_n = \dot R_n / 2 R_n^2$ and $q_n = \sum_t (y_{tn} - D_n u_t - d_n)^2$, by
+Along $\dot\Theta$ and $\dot R$ it changes, with $G = R^{-1} \dot\Theta$ and $B = \tfrac12 R^{-1} \dot R R^{-1}$, by
+
+$$\mathrm{tr}\, B S + \sum_t E[(y_t - \Theta v_t)^\top G v_t] - \tfrac{T}{2} \mathrm{tr}\, R^{-1} \dot R,$$
+
+where means and covariances of the states enter apart. With $\bar v_t = [\bar x_t; w_t]$ and $e_t = y_t - \Theta \bar v_t$ the part of the
+means is $\sum_t e_t^\top (B e_t + G \bar v_t)$, one product of the residuals with B, or transposed one with themselves.
+
+A diagonal R makes of it a linear map of the data: with $g = \mathrm{diag}(B)$ and $q_n = \sum_t (y_{tn} - D_n u_t - d_n)^2$ that part is
 
 $$\sum_t \bar v_t^\top W^\top y_t + g^\top q - \langle {\textstyle\sum} \bar v \bar v^\top, \Theta^\top G \rangle
-+ \langle {\textstyle\sum} \bar x \bar x^\top, C^\top \mathrm{diag}(g)\, C \rangle
-+ 2 \langle {\textstyle\sum} \bar x w^\top, C^\top \mathrm{diag}(g) [D\ d] \rangle,$$
++ \langle {\textstyle\sum} \bar x \bar x^\top, C^\top B\, C \rangle + 2 \langle {\textstyle\sum} \bar x w^\top, C^\top B [D\ d] \rangle,$$
 
-$W = G - 2\, [\mathrm{diag}(g)\, C\ \ 0]$. Transposed, the first term is one product of few rows with the data of all trials. Where
+$W = G - 2\, [B C\ \ 0]$. Transposed, the first term is one product of few rows with the data of all trials. Where
 differences of such sums would lose digits, sums of residuals take their place.
 """
 
@@ -30,6 +34,23 @@ from issm.models.lgssm import ParamsLGSSM
 from issm.models.trials import Trials
 
 
+class ScoreSums(eqx.Module):
+    r"""What the score needs to know of the data where R is diagonal.
+
+    Attributes:
+        gram: $\sum_t \bar v_t \bar v_t^\top$.
+        squares: $q_n$.
+        enough: Whether sums over the data keep their digits.
+        cross_of_residuals, second_of_residuals: $\sum_t \bar v_t e_t^\top$ and $\sum_t e_{tn}^2$ where they do not, else zero.
+    """
+
+    gram: Float[Array, "num_trials states_and_known states_and_known"]
+    squares: Float[Array, "num_trials emission_dim"]
+    enough: Bool[Array, ""]
+    cross_of_residuals: Float[Array, "num_trials states_and_known emission_dim"]
+    second_of_residuals: Float[Array, "num_trials emission_dim"]
+
+
 class EmissionScore(eqx.Module):
     r"""What the score of every trial is made of.
 
@@ -37,43 +58,52 @@ class EmissionScore(eqx.Module):
         params: The parameters.
         emissions: The data.
         regressors: $\bar v_t$.
-        gram: $\sum_t \bar v_t \bar v_t^\top$.
         covs: $\sum_t Cov[x_t]$.
-        squares: $q_n$.
-        enough: Whether sums over the data keep their digits.
-        cross_of_residuals, second_of_residuals: $\sum_t \bar v_t e_t^\top$ and $\sum_t e_{tn}^2$ with $e_t = y_t - \Theta \bar v_t$
-            where they do not, else zero.
+        sums: Where R is diagonal; else the residuals of a trial are made when they are needed.
     """
 
     params: ParamsLGSSM
     emissions: Float[Array, "num_trials num_timesteps emission_dim"]
     regressors: Float[Array, "num_trials num_timesteps states_and_known"]
-    gram: Float[Array, "num_trials states_and_known states_and_known"]
     covs: Float[Array, "num_trials state_dim state_dim"]
-    squares: Float[Array, "num_trials emission_dim"]
-    enough: Bool[Array, ""]
-    cross_of_residuals: Float[Array, "num_trials states_and_known emission_dim"]
-    second_of_residuals: Float[Array, "num_trials emission_dim"]
+    sums: ScoreSums | None
 
     def along(self, tangent: ParamsLGSSM) -> Float[Array, " num_trials"]:
         """The derivative along a tangent of the parameters."""
-        variances, change = (values_of(params.emissions.cov) for params in (self.params, tangent))
-        by_variance = change / (2 * variances**2)
-        by_coefficients = _coefficients(tangent) / variances[:, None]
-        weights, change_of_weights = self.params.emissions.weights, by_coefficients[:, : self.params.state_dim]
-        of_covs = weights.T @ (by_variance[:, None] * weights - change_of_weights)  # type: ignore[union-attr]
-        of_means = jnp.where(
-            self.enough,
-            self._from_data(by_coefficients, by_variance),
-            jnp.einsum("kvn,nv->k", self.cross_of_residuals, by_coefficients) + self.second_of_residuals @ by_variance,
-        )
-        constant = self.emissions.shape[1] * (change / variances).sum() / 2
-        return of_means + jnp.einsum("kij,ij->k", self.covs, of_covs) - constant
+        state_dim, num_timesteps = self.params.state_dim, self.emissions.shape[1]
+        cov, change = (values_of(params.emissions.cov) for params in (self.params, tangent))
+        if self.sums is not None:
+            by_cov, by_coefficients = change / (2 * cov**2), _coefficients(tangent) / cov[:, None]
+            of_means, trace = self._from_sums(by_coefficients, by_cov, self.sums), (change / cov).sum()
+        else:
+            solve = lambda right: jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(cov), True), right)  # noqa: E731
+            whitened, by_coefficients = solve(change), solve(_coefficients(tangent))
+            by_cov, trace = solve(whitened.T) / 2, jnp.trace(whitened)
+            of_means = self._from_residuals(by_coefficients, by_cov)
+        weights, change_of_weights = _coefficients(self.params)[:, :state_dim], by_coefficients[:, :state_dim]
+        of_covs = weights.T @ (_times(by_cov, weights) - change_of_weights)
+        return of_means + jnp.einsum("kij,ij->k", self.covs, of_covs) - num_timesteps * trace / 2
 
-    def _from_data(self, by_coefficients: Array, by_variance: Array) -> Array:
-        """The part of the means, for $G$ and $g$."""
+    def _from_residuals(self, by_coefficients: Array, by_cov: Array) -> Array:
+        """The part of the means for a full $B$, one trial at a time; steps are columns, so that transposed products keep their pace."""
+        coefficients = _coefficients(self.params)
+
+        def one(at: tuple[Array, Array]) -> Array:
+            emissions, regressors = at
+            residuals = emissions.T - coefficients @ regressors.T
+            return (residuals * (by_cov @ residuals + by_coefficients @ regressors.T)).sum()
+
+        return lax.map(jax.checkpoint(one), (self.emissions, self.regressors))
+
+    def _from_sums(self, by_coefficients: Array, by_cov: Array, sums: ScoreSums) -> Array:
+        """The part of the means for a diagonal $B$."""
+        from_data = self._from_data(by_coefficients, by_cov, sums)
+        of_residuals = jnp.einsum("kvn,nv->k", sums.cross_of_residuals, by_coefficients)
+        return jnp.where(sums.enough, from_data, of_residuals + sums.second_of_residuals @ by_cov)
+
+    def _from_data(self, by_coefficients: Array, by_cov: Array, sums: ScoreSums) -> Array:
         coefficients, state_dim = _coefficients(self.params), self.params.state_dim
-        loaded = by_variance[:, None] * coefficients[:, :state_dim]
+        loaded = _times(by_cov, coefficients[:, :state_dim])
         of_data = by_coefficients - 2 * jnp.pad(loaded, ((0, 0), (0, coefficients.shape[1] - state_dim)))
         num_trials, num_timesteps, emission_dim = self.emissions.shape
         projected = self.emissions.reshape(-1, emission_dim) @ _few_rows(of_data)
@@ -81,21 +111,26 @@ class EmissionScore(eqx.Module):
         of_states = loaded.T @ coefficients
         of_gram = jnp.pad(of_states.at[:, state_dim:].multiply(2.0), ((0, coefficients.shape[1] - state_dim), (0, 0)))
         of_gram = of_gram - coefficients.T @ by_coefficients
-        return with_data + self.squares @ by_variance + jnp.einsum("kvw,vw->k", self.gram, of_gram)
+        return with_data + sums.squares @ by_cov + jnp.einsum("kvw,vw->k", sums.gram, of_gram)
 
 
-def is_linear_in_data(params: ParamsLGSSM, trials: Trials) -> bool:
-    """Whether this score is that of the model: complete data, a diagonal R, and nothing that varies in time."""
-    varies = any(isinstance(field, TimeVarying) for field in vars(params.emissions).values())
-    return not trials.may_miss and not varies and is_diagonal(params.emissions.cov)
+def is_score_of(params: ParamsLGSSM, trials: Trials) -> bool:
+    """Whether this score is that of the model: complete data, and emissions that do not vary in time."""
+    return not trials.may_miss and not any(isinstance(field, TimeVarying) for field in vars(params.emissions).values())
 
 
 def emission_score(params: ParamsLGSSM, trials: Trials, moments: Moments) -> EmissionScore:
     """The score at the smoothed moments."""
-    emissions, means = trials.emissions, moments.smoothed_means
-    num_trials, num_timesteps, emission_dim = emissions.shape
-    inputs = jnp.broadcast_to(trials.plan.inputs, (num_trials, num_timesteps, params.input_dim))
+    means = moments.smoothed_means
+    inputs = jnp.broadcast_to(trials.plan.inputs, (*means.shape[:2], params.input_dim))
     regressors = jnp.concatenate([means, inputs, jnp.ones_like(means[..., :1])], axis=-1)
+    covs = trials.spread(moments.smoothed_covs.sum(axis=1))
+    sums = _score_sums(params, trials, regressors) if is_diagonal(params.emissions.cov) else None
+    return EmissionScore(params, trials.emissions, regressors, covs, sums)
+
+
+def _score_sums(params: ParamsLGSSM, trials: Trials, regressors: Array) -> ScoreSums:
+    num_trials, num_timesteps, emission_dim = trials.emissions.shape
     coefficients, squares = _coefficients(params), squares_by_emission(params, trials)
     gram, known = jnp.swapaxes(regressors, 1, 2) @ regressors, slice(params.state_dim, None)
     of_known = coefficients[:, known]
@@ -109,20 +144,23 @@ def emission_score(params: ParamsLGSSM, trials: Trials, moments: Moments) -> Emi
             left = emissions - regressors @ coefficients.T
             return regressors.T @ left, (left**2).sum(axis=0)
 
-        return lax.map(jax.checkpoint(one), (emissions, regressors))
+        return lax.map(jax.checkpoint(one), (trials.emissions, regressors))
 
     def nothing() -> tuple[Array, Array]:
         shape = (num_trials, coefficients.shape[1], emission_dim)
         return jnp.zeros(shape, squares.dtype), jnp.zeros_like(squares)
 
-    cross, second = lax.cond(enough, nothing, from_residuals)
-    covs = trials.spread(moments.smoothed_covs.sum(axis=1))
-    return EmissionScore(params, emissions, regressors, gram, covs, squares, enough, cross, second)
+    return ScoreSums(gram, squares, enough, *lax.cond(enough, nothing, from_residuals))
 
 
 def _coefficients(params: ParamsLGSSM) -> Float[Array, "emission_dim states_and_known"]:
     block = params.emissions
     return jnp.concatenate([block.weights, block.input_weights, block.bias[:, None]], axis=1)  # type: ignore[list-item]
+
+
+def _times(cov: Array, matrix: Array) -> Array:
+    """The product with a matrix, of which a diagonal one is given as its diagonal."""
+    return cov[:, None] * matrix if cov.ndim == 1 else cov @ matrix
 
 
 def _few_rows(matrix: Array) -> Array:

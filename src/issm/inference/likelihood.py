@@ -23,7 +23,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from issm.inference.emission_score import emission_score, is_linear_in_data
+from issm.inference.emission_score import emission_score, is_score_of
 from issm.inference.methods import choose_method, filter_and_smooth
 from issm.inference.moments import Moments
 from issm.inference.observations import whiten
@@ -95,7 +95,7 @@ def _emission_tangent(params: ParamsLGSSM, trials: Trials, moments: Moments, tan
     params_tangent, trials_tangent = tangents
     is_fixed = lambda leaf: isinstance(leaf, SymbolicZero) or leaf.size == 0  # noqa: E731
     fixed_data = is_fixed(trials_tangent.emissions) and is_fixed(trials_tangent.plan.inputs)
-    if fixed_data and is_linear_in_data(params, trials):
+    if fixed_data and is_score_of(params, trials):
         return emission_score(params, trials, moments).along(_instantiate(params_tangent))
     return _tangent_by_trial(params, trials, moments, tangents)
 
