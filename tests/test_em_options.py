@@ -17,6 +17,7 @@ import issm
 from issm.fitting import em, em_loop
 from issm.fitting.m_step import make_rules
 from issm.fitting.result import Code
+from issm.inference.methods import choose_method
 
 NUM_ITERS = 20
 NUM_TRIALS, NUM_TIMESTEPS, EMISSION_DIM, STATE_DIM = 4, 15, 3, 2
@@ -198,6 +199,24 @@ def test_start_with_tiny_emission_noise():
     result = fit(start, ROWS)
     assert_sound(result)
     assert (result.params.emissions.cov > 1e-3).any()
+
+
+def test_single_precision_changes_form_where_the_parameters_ask_for_it(monkeypatch):
+    """A program for each form, one after the other, does what one program of both does."""
+    single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), start_of(ROWS))
+    start = eqx.tree_at(lambda p: p.emissions.cov, single, jnp.full(EMISSION_DIM, 1e-6, jnp.float32))
+    chosen = []
+
+    def choose(*args):
+        chosen.append(choose_method(*args))
+        return chosen[-1]
+
+    monkeypatch.setattr(em_loop, "choose_method", choose)
+    result = fit(start, ROWS)
+    assert chosen == ["sqrt", "sequential"]
+    assert_sound(result)
+    both = jax.jit(lambda params: fit(params, ROWS).log_probs)(start)
+    np.testing.assert_allclose(result.log_probs[:5], both[:5], rtol=1e-4)
 
 
 def test_unused_input():

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from issm._compile import jit_quickly
+from issm._check import is_concrete
+from issm._compile import QUICKEST, jit_quickly
 from issm.fitting.centering import (
     mean_of_observed,
     shift_bias,
@@ -25,6 +26,7 @@ from issm.fitting.quasi_newton import SUFFICIENT, Search, choose, look_around, p
 from issm.fitting.regression import never_free
 from issm.fitting.result import Code, first_broken_field
 from issm.fitting.statistics import SufficientStatistics, expected_statistics
+from issm.inference.methods import choose_method, is_stressed
 from issm.models.emission_sums import sum_emissions
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.trials import Trials
@@ -70,7 +72,7 @@ class EMState(eqx.Module):
     search: Search | None
 
 
-@partial(jax.jit, static_argnames=("num_places", "accelerate"))
+@partial(jit_quickly, static_argnames=("num_places", "accelerate"), options=QUICKEST)
 def prepare(params: ParamsLGSSM, problem: Problem, num_places: int, accelerate: bool) -> tuple[Problem, EMState, Array]:
     """Center the emissions, and set up the loop."""
     center = mean_of_observed(problem.trials)
@@ -85,21 +87,40 @@ def prepare(params: ParamsLGSSM, problem: Problem, num_places: int, accelerate: 
 
 
 def run(state: EMState, problem: Problem, until: int | Int[Array, ""]) -> EMState:
-    """Iterate until the fit has ended or `until` updates are behind it."""
-    return _iterate(state, problem, jnp.asarray(until, jnp.int32))
+    """Iterate until the fit has ended or `until` updates are behind it.
+
+    In single precision a program holds either the plain form of the smoother or that with square roots, and ends where the parameters
+    need the other: most fits compile one of them. Where JAX traces, both are in one program.
+    """
+    until, trials = jnp.asarray(until, jnp.int32), problem.trials
+    own_patterns = trials.pattern is None and trials.num_patterns > 1
+    iterate = _iterate_lanes if own_patterns else _iterate
+    if state.params.initial.mean.dtype != jnp.float32 or not is_concrete(state.code):
+        return iterate(state, problem, until, "auto")
+    while bool(_goes_on(state, problem, until)):
+        state = iterate(state, problem, until, choose_method("auto", state.params, trials))
+    return state
 
 
-@jit_quickly
-def _iterate(state: EMState, problem: Problem, until: Int[Array, ""]) -> EMState:
+def _loop(state: EMState, problem: Problem, until: Int[Array, ""], method: str) -> EMState:
 
     def running(state: EMState) -> Array:
-        return (state.code == Code.RUNNING) & ((state.num_updates < until) | (state.num_updates == problem.last))
+        goes_on = _goes_on(state, problem, until)
+        return goes_on if method == "auto" else goes_on & (is_stressed(state.params) == (method == "sqrt"))
 
     def iterate(state: EMState) -> EMState:
-        stats = expected_statistics(state.params, problem.trials, problem.patterns)
+        stats = expected_statistics(state.params, problem.trials, problem.patterns, method)
         return _advance(state, stats, problem)
 
     return lax.while_loop(running, iterate, state)
+
+
+_iterate = jit_quickly(_loop, static_argnames="method", options=QUICKEST)
+_iterate_lanes = jit_quickly(_loop, static_argnames="method")
+
+
+def _goes_on(state: EMState, problem: Problem, until: Int[Array, ""]) -> Array:
+    return (state.code == Code.RUNNING) & ((state.num_updates < until) | (state.num_updates == problem.last))
 
 
 def _advance(state: EMState, stats: SufficientStatistics, problem: Problem) -> EMState:

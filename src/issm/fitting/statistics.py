@@ -25,9 +25,11 @@ class SufficientStatistics(eqx.Module):
     emissions: RowStatistics | PatternStatistics
 
 
-def expected_statistics(params: ParamsLGSSM, trials: Trials, patterns: Patterns) -> SufficientStatistics:
+def expected_statistics(
+    params: ParamsLGSSM, trials: Trials, patterns: Patterns, method: str = "auto"
+) -> SufficientStatistics:
     """Smooth every trial and add up what the M step needs."""
-    moments = filter_and_smooth(params, trials, "auto")
+    moments = filter_and_smooth(params, trials, method)
     data = StepData(trials)
     return SufficientStatistics(
         log_prob=moments.logliks.sum(),
