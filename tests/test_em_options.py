@@ -217,6 +217,9 @@ def test_single_precision_changes_form_where_the_parameters_ask_for_it(monkeypat
     assert_sound(result)
     both = jax.jit(lambda params: fit(params, ROWS).log_probs)(start)
     np.testing.assert_allclose(result.log_probs[:5], both[:5], rtol=1e-4)
+    monkeypatch.setattr(em_loop, "choose_method", lambda *_: "sqrt")
+    against_the_verdict = fit(start, ROWS)  # ends all the same
+    np.testing.assert_allclose(against_the_verdict.log_probs[:5], both[:5], rtol=1e-4)
 
 
 def test_unused_input():

@@ -103,10 +103,15 @@ def run(state: EMState, problem: Problem, until: int | Int[Array, ""]) -> EMStat
 
 
 def _loop(state: EMState, problem: Problem, until: Int[Array, ""], method: str) -> EMState:
+    begun = state.num_updates
 
     def running(state: EMState) -> Array:
         goes_on = _goes_on(state, problem, until)
-        return goes_on if method == "auto" else goes_on & (is_stressed(state.params) == (method == "sqrt"))
+        if method == "auto":
+            return goes_on
+        # The first update comes whatever happens: should rounding turn the verdict that chose this program, the fit moves on.
+        is_first, has_its_form = state.num_updates == begun, is_stressed(state.params) == (method == "sqrt")
+        return goes_on & (is_first | has_its_form)
 
     def iterate(state: EMState) -> EMState:
         stats = expected_statistics(state.params, problem.trials, problem.patterns, method)
@@ -115,6 +120,7 @@ def _loop(state: EMState, problem: Problem, until: Int[Array, ""], method: str) 
     return lax.while_loop(running, iterate, state)
 
 
+# Trials with patterns of their own are lanes of one loop, which the quickest compilation would slow down.
 _iterate = jit_quickly(_loop, static_argnames="method", options=QUICKEST)
 _iterate_lanes = jit_quickly(_loop, static_argnames="method")
 
