@@ -59,6 +59,7 @@ CASES = {
     },
     "full, complete": {"emission_dim": 4, "full": True, "missing": False, "shared": False, "varying": False},
     "everything varies": {"emission_dim": 3, "full": True, "missing": True, "shared": False, "varying": True},
+    "full, complete, shared": {"emission_dim": 4, "full": True, "missing": False, "shared": True, "varying": False},
 }
 
 
@@ -102,7 +103,7 @@ def test_forward_mode_and_hessian_are_those_of_autodiff():
 
 @pytest.mark.parametrize(
     ("case", "offset"),
-    [("diagonal, complete, shared", 0.0), ("diagonal, complete, shared", 1e6), ("full, complete", 0.0)],
+    [(case, offset) for case in ("diagonal, complete, shared", "full, complete, shared") for offset in (0.0, 1e6)],
 )
 def test_score_of_complete_data(case, offset):
     """Sums give the gradient where they keep their digits; residuals where emissions are far from zero, or R is full."""

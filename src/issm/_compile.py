@@ -47,8 +47,9 @@ def _known(options: Mapping[str, Any]) -> dict | None:
     """The options, where this device and this release of XLA know them."""
     if jax.default_backend() != "cpu":
         return None
+    known = dict(options)
     try:
-        jax.jit(lambda: 0, compiler_options=dict(options))()
+        jax.jit(lambda: 0, compiler_options=known)()
     except jax.errors.JaxRuntimeError:  # "No such compile option"
         return None
-    return dict(options)
+    return known

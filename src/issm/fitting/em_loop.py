@@ -93,8 +93,7 @@ def run(state: EMState, problem: Problem, until: int | Int[Array, ""]) -> EMStat
     need the other: most fits compile one of them. Where JAX traces, both are in one program.
     """
     until, trials = jnp.asarray(until, jnp.int32), problem.trials
-    own_patterns = trials.pattern is None and trials.num_patterns > 1
-    iterate = _iterate_lanes if own_patterns else _iterate
+    iterate = _iterate_lanes if trials.have_own_patterns else _iterate
     if state.params.initial.mean.dtype != jnp.float32 or not is_concrete(state.code):
         return iterate(state, problem, until, "auto")
     while bool(_goes_on(state, problem, until)):

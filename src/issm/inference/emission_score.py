@@ -20,6 +20,8 @@ $W = G - 2\, [B C\ \ 0]$. Transposed, the first term is one product of few rows 
 differences of such sums would lose digits, sums of residuals take their place.
 """
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -76,9 +78,9 @@ class EmissionScore(eqx.Module):
             by_cov, by_coefficients = change / (2 * cov**2), _coefficients(tangent) / cov[:, None]
             of_means, trace = self._from_sums(by_coefficients, by_cov, self.sums), (change / cov).sum()
         else:
-            solve = lambda right: jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(cov), True), right)  # noqa: E731
-            whitened, by_coefficients = solve(change), solve(_coefficients(tangent))
-            by_cov, trace = solve(whitened.T) / 2, jnp.trace(whitened)
+            solve = partial(jax.scipy.linalg.cho_solve, (jnp.linalg.cholesky(cov), True))
+            relative_change, by_coefficients = solve(change), solve(_coefficients(tangent))
+            by_cov, trace = solve(relative_change.T) / 2, jnp.trace(relative_change)
             of_means = self._from_residuals(by_coefficients, by_cov)
         weights, change_of_weights = _coefficients(self.params)[:, :state_dim], by_coefficients[:, :state_dim]
         of_covs = weights.T @ (_times(by_cov, weights) - change_of_weights)
@@ -102,6 +104,7 @@ class EmissionScore(eqx.Module):
         return jnp.where(sums.enough, from_data, of_residuals + sums.second_of_residuals @ by_cov)
 
     def _from_data(self, by_coefficients: Array, by_cov: Array, sums: ScoreSums) -> Array:
+        """The same where sums over the data keep their digits."""
         coefficients, state_dim = _coefficients(self.params), self.params.state_dim
         loaded = _times(by_cov, coefficients[:, :state_dim])
         of_data = by_coefficients - 2 * jnp.pad(loaded, ((0, 0), (0, coefficients.shape[1] - state_dim)))
@@ -130,6 +133,7 @@ def emission_score(params: ParamsLGSSM, trials: Trials, moments: Moments) -> Emi
 
 
 def _score_sums(params: ParamsLGSSM, trials: Trials, regressors: Array) -> ScoreSums:
+    """The sums of every trial for a diagonal R; those of residuals only where the others would lose digits."""
     num_trials, num_timesteps, emission_dim = trials.emissions.shape
     coefficients, squares = _coefficients(params), squares_by_emission(params, trials)
     gram, known = jnp.swapaxes(regressors, 1, 2) @ regressors, slice(params.state_dim, None)

@@ -29,7 +29,7 @@ def small_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     observations = compress(params, trials)
     transitions = _of_patterns(params, trials.of_patterns().plan)
     shifts = _shifts(params, trials.plan)
-    if trials.pattern is None and trials.num_patterns > 1:
+    if trials.have_own_patterns:
         values = observations.values - observations.offsets
         moments = own_moments(Steps(transitions, shifts, values, observations.weights))
         return replace(moments, logliks=observations.log_norm + moments.logliks - observations.unexplained / 2)

@@ -85,6 +85,11 @@ class Trials(eqx.Module):
         """Number of patterns G of clamps and missing entries."""
         return self.representatives.shape[0]
 
+    @property
+    def have_own_patterns(self) -> bool:
+        """Whether every trial has a pattern of its own."""
+        return self.pattern is None and self.num_patterns > 1
+
     def of_patterns(self) -> "Trials":
         """One trial for each pattern."""
         chosen = self.representatives
