@@ -10,7 +10,9 @@ from scipy.optimize import minimize
 
 import issm
 from issm._constraints import constrain, unconstrain
-from issm.fitting import progress
+from issm.fitting import descent, progress
+from issm.fitting.line_search import CURVATURE, MOST_TRIALS, SUFFICIENT, Lengths
+from issm.inference.methods import choose_method
 
 SGD, ADAM = optax.sgd(1.0), optax.adam(0.05)
 TRUTH = issm.make_lgssm_params(0.5, 1.0, 0.8, 0.5, [[1.0], [-0.5]], [0.3, 0.2], dynamics_bias=[0.2])
@@ -64,6 +66,87 @@ def test_lbfgs_finds_the_maximum_that_scipy_finds():
                     getattr(getattr(fit.params, name), field), getattr(getattr(TRUTH, name), field)
                 )
     np.testing.assert_array_equal(fit.params.initial.cov, TRUTH.initial.cov)
+
+
+def search(function, length=1.0):
+    """The lengths that a search tries until it takes one."""
+    value_and_slope = jax.jit(jax.value_and_grad(function))
+    zero = jnp.zeros(())
+    value, slope = value_and_slope(zero)
+    lengths = Lengths(value, slope, zero + length, zero, zero + jnp.inf, jnp.int32(0))
+    tried, taken = [], False
+    while not taken:
+        tried.append(float(lengths.length))
+        taken, lengths = jax.jit(Lengths.weigh)(lengths, *value_and_slope(lengths.length))
+    return tried
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda t: (t - 50.0) ** 2,
+        lambda t: (t - 1e-3) ** 2 + 0.1 * (t - 1e-3) ** 4,
+        lambda t: jnp.where(t < 0.3, -jnp.log(0.3 - t) - 20 * t, jnp.nan),
+        lambda t: -t / (1 + t**2) + 0.01 * jnp.sin(30 * t),
+    ],
+    ids=["far", "near", "wall", "waves"],
+)
+def test_a_length_meets_the_conditions_of_wolfe(function):
+    taken = search(function)[-1]
+    assert function(taken) <= function(0.0) + SUFFICIENT * taken * jax.grad(function)(0.0)
+    assert jax.grad(function)(taken) >= CURVATURE * jax.grad(function)(0.0)
+
+
+def test_a_search_that_cannot_end_well_takes_the_longest_length_that_falls():
+    tried = search(lambda t: -t)  # falls for ever
+    assert tried[-1] == max(tried[:-1]) == 2.0 ** (MOST_TRIALS - 1)
+    tried = search(lambda t: jnp.where(t > 0, jnp.nan, -t))  # ends at once
+    assert tried[-1] == 0
+    assert len(tried) == MOST_TRIALS + 1
+
+
+def valley(params, emissions, inputs, interventions):
+    """Rosenbrock's function around the emissions."""
+    x, y = params["at"] - emissions.mean(axis=(0, 1))
+    return (1 - x) ** 2 + 100 * (y - x**2) ** 2
+
+
+def test_a_narrow_valley_for_one_start_or_many():
+    emissions = np.ones((2, 3, 2))
+    fit = lambda at: issm.fit_sgd({"at": at}, emissions, loss=valley, num_epochs=100, tol=1e-16)  # noqa: E731
+    starts = jnp.array([[-0.2, 2.0], [3.0, -1.0]])
+    fits = jax.vmap(fit)(starts)
+    np.testing.assert_allclose(fits.params["at"], 2.0, atol=1e-7)  # where the gradient is below its rounding
+    peer = lambda at: minimize(lambda p: float(valley({"at": p}, emissions, None, None)), at, method="L-BFGS-B").nit  # noqa: E731
+    scipy = [peer(at) for at in starts]
+    assert (np.asarray(fits.best_epoch) <= 2 * np.array(scipy)).all()
+    np.testing.assert_allclose(fit(starts[1]).log_probs[-1], fits.log_probs[1, -1], atol=1e-12)
+
+
+def test_single_precision_changes_form_where_the_parameters_ask_for_it(monkeypatch):
+    """A program for each form, one after the other, does what one program of both does."""
+    emissions = draw(6).astype(np.float32)
+    single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), TRUTH)
+    start = eqx.tree_at(lambda p: p.emissions.cov, single, jnp.full(2, 3e-4, jnp.float32))
+    fit = lambda params: issm.fit_sgd(  # noqa: E731
+        params, emissions, interventions=PLAN, trainable=FREE, num_epochs=15, held_out=[5], patience=15
+    )
+    chosen = []
+
+    def choose(*args):
+        chosen.append(choose_method(*args))
+        return chosen[-1]
+
+    monkeypatch.setattr(descent, "choose_method", choose)
+    result = fit(start)
+    assert chosen == ["sqrt", "sequential"]
+    both = jax.jit(lambda params: fit(params).log_probs)(start)
+    np.testing.assert_allclose(result.log_probs[:5], both[:5], rtol=1e-4)
+    assert result.log_probs[-1] > result.log_probs[0] + 1000
+    monkeypatch.setattr(descent, "choose_method", lambda *_: "sqrt")
+    np.testing.assert_allclose(
+        fit(start).log_probs[:5], both[:5], rtol=1e-4
+    )  # against the verdict it ends all the same
 
 
 def test_batches_of_the_likelihood():

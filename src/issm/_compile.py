@@ -1,5 +1,6 @@
 """Programs that XLA would take long to compile, in less time."""
 
+import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -23,17 +24,17 @@ NOTHING_TRACED = get_opaque_trace_state()
 
 
 def jit_quickly(
-    function: Callable[P, R], *, static_argnames: str | tuple[str, ...] = (), options: Mapping[str, Any] = QUICKER
+    function: Callable[P, R], *, options: Mapping[str, bool | int] = QUICKER, jit: Callable = jax.jit, **how: Any
 ) -> Callable[P, R]:
-    """`jax.jit` for one large program; where JAX already traces, it compiles as the caller says.
+    """`jit(function, **how)` for one large program; where JAX already traces, it compiles as the caller says.
 
     Only a program of its own may have options of its own.
     """
-    within = jax.jit(function, static_argnames=static_argnames)
+    within = jit(function, **how)
 
     @lru_cache(maxsize=1)
     def alone() -> Callable[P, R]:
-        return jax.jit(function, static_argnames=static_argnames, compiler_options=_known(options))
+        return jit(function, compiler_options=_known(options), **how)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -43,11 +44,12 @@ def jit_quickly(
     return call
 
 
-def _known(options: Mapping[str, Any]) -> dict | None:
-    """The options, where this device and this release of XLA know them."""
+def _known(options: Mapping[str, bool | int]) -> dict | None:
+    """The options, where this device and this release of XLA know them; what `XLA_FLAGS` says of one counts more."""
     if jax.default_backend() != "cpu":
         return None
-    known = dict(options)
+    flags = os.environ.get("XLA_FLAGS", "")
+    known = {name: value for name, value in options.items() if f"--{name}" not in flags}
     try:
         jax.jit(lambda: 0, compiler_options=known)()
     except jax.errors.JaxRuntimeError:  # "No such compile option"

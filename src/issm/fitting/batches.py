@@ -38,11 +38,12 @@ class Likelihood(eqx.Module):
 
     num_observed: Float[Array, ""]
     num_trials: int = eqx.field(static=True)
+    method: str = eqx.field(static=True, default="auto")
 
     def __call__(self, params: ParamsLGSSM, trials: Trials) -> Float[Array, ""]:
         """The loss of a batch stands for that of all trials."""
         share = trials.num_trials / self.num_trials
-        return -log_likelihoods(params, trials).sum() / (self.num_observed * share)
+        return -log_likelihoods(params, trials, self.method).sum() / (self.num_observed * share)
 
 
 class UserLoss(eqx.Module):

@@ -26,7 +26,7 @@ from issm.fitting.quasi_newton import SUFFICIENT, Search, choose, look_around, p
 from issm.fitting.regression import never_free
 from issm.fitting.result import Code, first_broken_field
 from issm.fitting.statistics import SufficientStatistics, expected_statistics
-from issm.inference.methods import choose_method, is_stressed
+from issm.inference.methods import choose_method, suits
 from issm.models.emission_sums import sum_emissions
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.trials import Trials
@@ -105,12 +105,9 @@ def _loop(state: EMState, problem: Problem, until: Int[Array, ""], method: str) 
     begun = state.num_updates
 
     def running(state: EMState) -> Array:
-        goes_on = _goes_on(state, problem, until)
-        if method == "auto":
-            return goes_on
         # The first update comes whatever happens: should rounding turn the verdict that chose this program, the fit moves on.
-        is_first, has_its_form = state.num_updates == begun, is_stressed(state.params) == (method == "sqrt")
-        return goes_on & (is_first | has_its_form)
+        is_first = state.num_updates == begun
+        return _goes_on(state, problem, until) & (is_first | suits(method, state.params))
 
     def iterate(state: EMState) -> EMState:
         stats = expected_statistics(state.params, problem.trials, problem.patterns, method)

@@ -81,7 +81,8 @@ def fit_sgd(
         ValueError: If an argument has the wrong shape, type or values; the message names it.
 
     References:
-        Liu & Nocedal (1989), *Mathematical Programming* 45 (L-BFGS); Kingma & Ba (2015), *ICLR* (Adam).
+        Liu & Nocedal (1989), *Mathematical Programming* 45 (L-BFGS); Lewis & Overton (2013), *Mathematical Programming* 141 (its
+        search along a line); Kingma & Ba (2015), *ICLR* (Adam).
 
     Examples:
         >>> import jax, issm
@@ -101,15 +102,13 @@ def fit_sgd(
     if batch_size is not None and batch_size >= data.num_trials:
         batch_size = None
     size = sum(leaf.size for leaf in jax.tree.leaves(start))
-    lbfgs = optimizer is None and batch_size is None and size <= LARGEST_FOR_LBFGS
-    if optimizer is None:
-        optimizer = _default_optimizer(lbfgs)
+    if optimizer is None and (batch_size is not None or size > LARGEST_FOR_LBFGS):
+        optimizer = _default_optimizer()
     dtype = jax.tree.leaves(start)[0].dtype
     key = jax.random.key(0) if key is None else key
     ends = jnp.asarray(tol, dtype), jnp.asarray(patience, jnp.int32)
     problem = Problem(start, masks, data, watched, own_loss, watched_loss, *ends, key)
-    flat = lbfgs and len({leaf.dtype for leaf in jax.tree.leaves(start)}) == 1
-    method = Method(static, optimizer, batch_size, lbfgs, flat)
+    method = Method(static, optimizer, batch_size)
     state = prepare(problem, method, num_epochs)
     go = run_with_bar if options and is_concrete(state.code) else run
     return _result(go(state, problem, method, jnp.asarray(num_epochs, jnp.int32)), problem, method)
@@ -129,9 +128,9 @@ def _result(state: State, problem: Problem, method: Method) -> SGDResult:
     return eqx.tree_at(lambda f: f.held_out_log_probs, fit, fit.held_out_log_probs[: num_epochs + 1])
 
 
-@lru_cache(maxsize=2)
-def _default_optimizer(lbfgs: bool) -> optax.GradientTransformation:
-    return optax.lbfgs() if lbfgs else optax.adam(LEARNING_RATE)
+@lru_cache(maxsize=1)
+def _default_optimizer() -> optax.GradientTransformation:
+    return optax.adam(LEARNING_RATE)
 
 
 def _floats(params: Any, trainable: Any) -> tuple[Any, Any]:

@@ -92,6 +92,11 @@ def is_stressed(params: ParamsLGSSM) -> Bool[Array, ""]:
     return jnp.finfo(cov.dtype).eps * variance * information > LARGEST_STRESS[cov.dtype.name]
 
 
+def suits(method: str, params: ParamsLGSSM) -> bool | Bool[Array, ""]:
+    """Whether a program that holds one form of the kernels holds the one that "auto" stands for at these parameters."""
+    return True if method == "auto" else is_stressed(params) == (method == "sqrt")
+
+
 def filter_and_smooth(params: ParamsLGSSM, trials: Trials, method: str) -> Moments:
     """The moments of all trials by the method asked for; under `jit`, what is not used is not computed."""
     with jax.default_matmul_precision("highest"):  # an accelerator would round single precision to fewer digits
