@@ -24,7 +24,7 @@ NOTHING_TRACED = get_opaque_trace_state()
 
 
 def jit_quickly(
-    function: Callable[P, R], *, options: Mapping[str, bool | int] = QUICKER, jit: Callable = jax.jit, **how: Any
+    function: Callable[P, R], *, options: Mapping[str, bool | int] = QUICKEST, jit: Callable = jax.jit, **how: Any
 ) -> Callable[P, R]:
     """`jit(function, **how)` for one large program; where JAX already traces, it compiles as the caller says.
 

@@ -1,15 +1,16 @@
 """Does stimulation clamp? The assumption itself, held against the data channel by channel."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from issm._check import as_float_array, check_key, common_float_dtype, fail
+from issm._compile import jit_quickly
 from issm._tables import format_table
 from issm._types import PRNGKey
 from issm.causal.compare import Score, bootstrap_counts, check_count, score_of_samples
@@ -228,7 +229,7 @@ class _Judge:
         return self.known[softened, spilling]
 
 
-@jax.jit(static_argnames="num_bootstrap")
+@partial(jit_quickly, static_argnames="num_bootstrap")
 def _score_differences(
     key: PRNGKey, by_trial: Array, observed: Array, level: Array, num_bootstrap: int
 ) -> tuple[Score, Score]:

@@ -1,6 +1,7 @@
 """Which of several fitted models predicts interventions that none of them has seen."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import as_float_array, check_key, common_float_dtype, fail
+from issm._compile import jit_quickly
 from issm._tables import format_table
 from issm._types import PRNGKey
 from issm.causal.history import check_plan
@@ -232,10 +234,10 @@ def score_of_samples(samples: Float[Array, "samples *shape"], level: Array) -> S
     return Score(samples[0], lower, upper)
 
 
-@jax.jit(static_argnames=("history", "num_bootstrap"))
+@partial(jit_quickly, static_argnames=("history", "num_bootstrap"))
 def _compare(
     key: PRNGKey, forecasts: Forecast, emissions: Array, level: Array, history: int, num_bootstrap: int
-) -> tuple[Score | Array, ...]:
+) -> tuple:
     counts = bootstrap_counts(key, emissions.shape[0], num_bootstrap, emissions.dtype)
     observed = (~jnp.isnan(emissions)).astype(emissions.dtype)
     log_likelihood = counts @ forecasts.log_probs.T / (counts @ observed.sum(axis=(1, 2)))[:, None]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from issm._compile import jit_quickly
 from issm._linalg import symmetrize
 from issm.causal.history import Scenario, check_plan
 from issm.causal.predict import Moments, Prediction
@@ -86,7 +87,7 @@ def as_twin_scenario(params: ParamsLGSSM, trials: Trials, plan: Any) -> Scenario
     return Scenario(None, None, other, trials.plan.intervention)
 
 
-@jax.jit
+@jit_quickly
 def _counterfactual(params: ParamsLGSSM, trials: Trials, other: Intervention) -> Prediction:
     def one(emissions: Array, plan: Plan, other: Intervention) -> Prediction:
         return counterfactual_sequence(params, emissions, plan, other, may_miss=trials.may_miss)

@@ -1,5 +1,6 @@
 r"""What another plan would have changed on the very trials that were seen, $y'_t - y_t$, summed and averaged."""
 
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from issm._compile import jit_quickly
 from issm.causal.counterfactual import Twins, as_twin_scenario, own_emissions, smooth_twins
 from issm.causal.estimates import Effect, EffectEstimate
 from issm.causal.history import Scenario, check_average
@@ -147,7 +149,7 @@ class TrialSummaries(eqx.Module):
     average_outcome: Normal
 
 
-@jax.jit(static_argnames="average_trials")
+@partial(jit_quickly, static_argnames="average_trials")
 def _counterfactual_effect(
     params: ParamsLGSSM,
     trials: Trials,

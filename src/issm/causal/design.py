@@ -6,6 +6,7 @@ second moments follow from the forward recursion in closed form, and the informa
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -16,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from issm._check import fail
+from issm._compile import jit_quickly
 from issm._linalg import symmetrize
 from issm._tables import format_table
 from issm.causal.compare import check_count
@@ -175,7 +177,7 @@ def expected_information(params: ParamsLGSSM, plan: Plan) -> Float[Array, "state
     return row_sums(predicted_moments(params, one), Weights(precisions, precisions), one.inputs)
 
 
-@jax.jit(static_argnames=("kind", "budget", "refine"))
+@partial(jit_quickly, static_argnames=("kind", "budget", "refine"))
 def _design(
     params: ParamsLGSSM,
     candidates: Plan,

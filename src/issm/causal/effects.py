@@ -1,5 +1,6 @@
 r"""What a plan changes: $E[y_t \mid do(\pi_1), h] - E[y_t \mid do(\pi_0), h]$, with its uncertainty."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from issm._compile import jit_quickly
 from issm._linalg import symmetrize
 from issm.causal.estimates import EffectEstimate
 from issm.causal.history import History, Scenario, as_scenario, check_average, plan_params
@@ -90,7 +92,7 @@ def causal_effect(
     )
 
 
-@jax.jit(static_argnames="average_trials")
+@partial(jit_quickly, static_argnames="average_trials")
 def _causal_effect(
     params: ParamsLGSSM,
     scenario: Scenario,

@@ -1,5 +1,6 @@
 r"""What clamps and data can tell about the dynamics: which states moved, which edges were driven, and how well each is known."""
 
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -10,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Int
 
 from issm._check import fail
+from issm._compile import jit_quickly
 from issm.causal.excitation import (
     StateMoments,
     Weights,
@@ -104,7 +106,7 @@ def identifiability(
     return _from_data(params, trials, directions, choose_method("auto", params, trials))
 
 
-@jax.jit
+@jit_quickly
 def _from_clamps(clamps: Intervention) -> Identifiability:
     alive = jnp.ones(clamps.mask.shape[:2], bool)
     by_trial = _count_once(clamps, alive).by_trial
@@ -113,7 +115,7 @@ def _from_clamps(clamps: Intervention) -> Identifiability:
     return _report(clamps, alive, clamp_moments(clamps), weights, no_inputs, None, "clamps")
 
 
-@jax.jit
+@jit_quickly
 def _from_model(params: ParamsLGSSM, plan: Plan) -> Identifiability:
     moments = predicted_moments(params, plan)
     clamps = _for_every_trial(plan.intervention, moments.means.shape[0])
@@ -121,7 +123,7 @@ def _from_model(params: ParamsLGSSM, plan: Plan) -> Identifiability:
     return _report(clamps, alive, moments, _count_once(clamps, alive), plan.inputs, params, "model")
 
 
-@jax.jit(static_argnames="method")
+@partial(jit_quickly, static_argnames="method")
 def _from_data(params: ParamsLGSSM, trials: Trials, directions: Array | None, method: str) -> Identifiability:
     clamps = _for_every_trial(trials.plan.intervention, trials.num_trials)
     observed = ~jnp.isnan(trials.emissions).all(axis=2)

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from issm._check import fail, is_concrete
+from issm._compile import jit_quickly
 from issm._linalg import safe_sqrt, symmetrize
 from issm.causal.history import History, Scenario, as_scenario, plan_params
 from issm.causal.summaries import prediction_table
@@ -131,7 +132,7 @@ def interventional_prediction(
     return _predict(params, as_scenario(params, plan, history=history, inputs=inputs))
 
 
-@jax.jit
+@jit_quickly
 def _predict(params: ParamsLGSSM, scenario: Scenario) -> Prediction:
     def one(scenario: Scenario) -> Prediction:
         return predict_sequence(plan_params(params, scenario), scenario.plan.inputs, scenario.plan.intervention)

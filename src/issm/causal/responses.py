@@ -1,6 +1,7 @@
 r"""How expected states and emissions respond to one state: to a pulse, $A^h e_j v$, and the machinery of all responses."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -11,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import as_float_array, check_finite, fail
+from issm._compile import jit_quickly
 from issm._linalg import safe_sqrt
 from issm.causal.predict import quantile_of_level
 from issm.causal.propagate import DRAWS_AT_ONCE
@@ -139,7 +141,7 @@ def impulse_response(
     )
 
 
-@jax.jit(static_argnames="num_steps")
+@partial(jit_quickly, static_argnames="num_steps")
 def _impulse_response(
     params: ParamsLGSSM,
     num_steps: int,

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from issm._check import fail, is_concrete
+from issm._compile import jit_quickly
 from issm._linalg import symmetrize
 from issm.causal.estimates import Effect
 from issm.causal.history import History, Scenario, as_scenario, plan_params
@@ -230,7 +231,7 @@ def placebo_effects(
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
 
-@jax.jit
+@jit_quickly
 def _observed_effect(
     params: ParamsLGSSM,
     scenario: Scenario,
@@ -238,7 +239,8 @@ def _observed_effect(
     window: Array,
     uncertain: ParamsLGSSM | Directions | None,
     z: Array,
-) -> Summaries:
+) -> Any:
+    """The summaries, with an effect in the place of every normal distribution."""
     return effects_of(lambda params: _summaries(params, scenario, observed, window), params, uncertain, z)
 
 
@@ -282,7 +284,7 @@ def _summaries(params: ParamsLGSSM, scenario: Scenario, observed: Array, window:
     )
 
 
-@jax.jit
+@jit_quickly
 def _emission_moments(params: ParamsLGSSM, means: Array, covs: Array, inputs: Array) -> Moments:
     num_timesteps = means.shape[0]
     rows = over_time(params.emissions.weights, num_timesteps)

@@ -5,6 +5,7 @@ states, the difference moves by $\delta_h = M_j A \delta_{h-1} + e_j$.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -15,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import fail
+from issm._compile import jit_quickly
 from issm._tables import join_words
 from issm.causal.predict import quantile_of_level
 from issm.causal.responses import (
@@ -215,7 +217,7 @@ def _checked_effects(
     return _sustained_effects(params, num_steps, sources, held, value, uncertain, z, jnp.asarray(level, dtype))
 
 
-@jax.jit(static_argnames="num_steps")
+@partial(jit_quickly, static_argnames="num_steps")
 def _sustained_effects(
     params: ParamsLGSSM,
     num_steps: int | None,

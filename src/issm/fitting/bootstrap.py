@@ -1,5 +1,6 @@
 """Refits to data drawn anew: the uncertainty of a fit without its asymptotics."""
 
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -10,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import check_key, fail, is_concrete
+from issm._compile import QUICKER, jit_quickly
 from issm._types import PRNGKey
 from issm.fitting.em import fit_em
 from issm.fitting.intervals import check_level, means, quantiles, standard_deviations
@@ -153,7 +155,7 @@ def bootstrap(
     return _refit(key, params, trials, options, kind, num_samples, num_iters, tol, num_at_once)
 
 
-@eqx.filter_jit
+@partial(jit_quickly, jit=eqx.filter_jit, options=QUICKER)
 def _refit(
     key: PRNGKey,
     params: ParamsLGSSM,

@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import is_concrete
-from issm._compile import QUICKEST, jit_quickly
+from issm._compile import QUICKER, jit_quickly
 from issm._constraints import constrain, unconstrain
 from issm._trees import apply_mask
 from issm._types import PRNGKey
@@ -85,7 +85,7 @@ class State(eqx.Module):
         return self.losses.shape[0] - 1
 
 
-@partial(jit_quickly, jit=eqx.filter_jit, options=QUICKEST)
+@partial(jit_quickly, jit=eqx.filter_jit)
 def prepare(problem: Problem, method: Method, num_epochs: int) -> State:
     """Coordinates of the start and empty logs; what is frozen has the coordinate zero."""
     point = _enter(
@@ -132,8 +132,8 @@ def _loop(state: State, problem: Problem, method: Method, until: Int[Array, ""],
 
 
 _run_any = eqx.filter_jit(_loop)
-_run_likelihood = jit_quickly(_loop, jit=eqx.filter_jit, options=QUICKEST)
-_run_lanes = jit_quickly(_loop, jit=eqx.filter_jit)
+_run_likelihood = jit_quickly(_loop, jit=eqx.filter_jit)
+_run_lanes = jit_quickly(_loop, jit=eqx.filter_jit, options=QUICKER)
 
 
 def _goes_on(state: State, until: Int[Array, ""]) -> Bool[Array, ""]:
@@ -291,7 +291,7 @@ def run_with_bar(state: State, problem: Problem, method: Method, num_epochs: Arr
     return state
 
 
-@partial(jit_quickly, jit=eqx.filter_jit, options=QUICKEST)
+@partial(jit_quickly, jit=eqx.filter_jit)
 def finish(state: State, problem: Problem, method: Method) -> SGDResult:
     """Undo the coordinates; repeat the last entry of the logs to their end."""
     places = jnp.minimum(jnp.arange(state.losses.shape[0], dtype=jnp.int32), state.epoch)

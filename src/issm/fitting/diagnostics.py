@@ -12,6 +12,7 @@ from jax.scipy.special import betainc, gammaincc
 from jaxtyping import Array, Float, Int
 
 from issm._check import fail
+from issm._compile import jit_quickly
 from issm._linalg import safe_sqrt
 from issm.inference.kalman import lgssm_filter
 from issm.interventions import Intervention
@@ -153,7 +154,7 @@ def residual_diagnostics(
     return _diagnose(trials.like_user(innovations), int(num_lags))
 
 
-@partial(jax.jit, static_argnames="decorrelate")
+@partial(jit_quickly, static_argnames="decorrelate")
 def _innovations(params: ParamsLGSSM, trials: Trials, means: Array, covs: Array, decorrelate: bool) -> Array:
     """Standardised, NaN where an entry is missing, with a trial axis."""
     num_timesteps = trials.emissions.shape[1]
@@ -174,7 +175,7 @@ def _innovations(params: ParamsLGSSM, trials: Trials, means: Array, covs: Array,
     return jnp.where(seen, errors, jnp.nan)
 
 
-@partial(jax.jit, static_argnames="num_lags")
+@partial(jit_quickly, static_argnames="num_lags")
 def _diagnose(innovations: Float[Array, "*trials num_timesteps emission_dim"], num_lags: int) -> ResidualDiagnostics:
     values = innovations.reshape(-1, *innovations.shape[-2:])
     dtype, num_timesteps = values.dtype, values.shape[1]

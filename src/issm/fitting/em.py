@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from issm._check import fail, is_concrete
-from issm._compile import QUICKEST, jit_quickly
+from issm._compile import jit_quickly
 from issm.fitting.centering import (
     count_observed,
     shift_bias,
@@ -121,7 +121,7 @@ def _places(num_iters: int) -> int:
     return -(-(num_iters + 1) // 1024) * 1024
 
 
-@partial(jit_quickly, static_argnames="num_iters", options=QUICKEST)
+@partial(jit_quickly, static_argnames="num_iters")
 def _finish(state: EMState, problem: Problem, center: Array, start: ParamsLGSSM, num_iters: int) -> FitResult:
     """Undo the centering, and repeat the last entry of the logs to their end."""
     places = jnp.minimum(jnp.arange(num_iters + 1, dtype=jnp.int32), state.num_updates)

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import is_concrete
-from issm._compile import QUICKEST, jit_quickly
+from issm._compile import QUICKER, jit_quickly
 from issm.fitting.centering import (
     mean_of_observed,
     shift_bias,
@@ -72,7 +72,7 @@ class EMState(eqx.Module):
     search: Search | None
 
 
-@partial(jit_quickly, static_argnames=("num_places", "accelerate"), options=QUICKEST)
+@partial(jit_quickly, static_argnames=("num_places", "accelerate"))
 def prepare(params: ParamsLGSSM, problem: Problem, num_places: int, accelerate: bool) -> tuple[Problem, EMState, Array]:
     """Center the emissions, and set up the loop."""
     center = mean_of_observed(problem.trials)
@@ -117,8 +117,8 @@ def _loop(state: EMState, problem: Problem, until: Int[Array, ""], method: str) 
 
 
 # Trials with patterns of their own are lanes of one loop, which the quickest compilation would slow down.
-_iterate = jit_quickly(_loop, static_argnames="method", options=QUICKEST)
-_iterate_lanes = jit_quickly(_loop, static_argnames="method")
+_iterate = jit_quickly(_loop, static_argnames="method")
+_iterate_lanes = jit_quickly(_loop, static_argnames="method", options=QUICKER)
 
 
 def _goes_on(state: EMState, problem: Problem, until: Int[Array, ""]) -> Array:

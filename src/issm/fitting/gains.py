@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from issm._compile import jit_quickly
 from issm.fitting.em import fit_em
 from issm.fitting.redrawn import WIDE
 from issm.fitting.spectra import CLAMP, SOFT, UNDECIDED
@@ -77,7 +78,7 @@ def refit(params: ParamsLGSSM, design: Design, targets: Array, num_iters: int, t
     return params, jnp.asarray(np.asarray(targets) / unit[None].astype(targets.dtype))
 
 
-@jax.jit
+@jit_quickly
 def _best_gains(
     params: ParamsLGSSM,
     emissions: Array,
@@ -86,7 +87,7 @@ def _best_gains(
     amplitudes: Array,
     unknown: Array,
     gains: Array,
-    places: tuple[Array, Array],
+    places: tuple[Array, ...],
 ) -> Array:
     """The maximum of the likelihood over the gains, of which it is a quadratic function: one step of Newton."""
 

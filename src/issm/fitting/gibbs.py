@@ -23,7 +23,6 @@ from issm._linalg import psd_cholesky
 from issm._types import PRNGKey
 from issm.fitting.m_step import BLOCKS, BlockRules, Rules, coefficients_of, with_coefficients
 from issm.fitting.priors import ResolvedPrior
-from issm.inference.methods import filter_and_smooth
 from issm.inference.posterior import draw_states
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.trials import Trials
@@ -39,14 +38,17 @@ class Regression(eqx.Module):
 
 def sweep(key: PRNGKey, params: ParamsLGSSM, trials: Trials, rules: Rules, method: str) -> ParamsLGSSM:
     r"""Draw the states, then every block given them; leaves $p(Θ, x \mid y)$ as it is."""
-    keys = dict(zip(("states", *BLOCKS), jax.random.split(key, 1 + len(BLOCKS)), strict=True))
-    means = filter_and_smooth(params, trials, method).smoothed_means
-    states = draw_states(keys["states"], params, trials, means, method)
-    blocks = [
-        draw_block(keys[name], getattr(params, name), regression, getattr(rules, name))
+    state_key, gamma_key, *keys = jax.random.split(key, 2 + len(BLOCKS))
+    states = draw_states(state_key, params, trials, method)
+    parts = [
+        (getattr(params, name), regression, getattr(rules, name))
         for name, regression in zip(BLOCKS, regressions(states, trials), strict=True)
     ]
-    return ParamsLGSSM(*blocks)
+    # All at once: XLA takes longer to compile a gamma variate than a smoother.
+    shapes = [_gamma_shapes(*part) for part in parts]
+    gammas = jax.random.gamma(gamma_key, jnp.concatenate(shapes), dtype=states.dtype)
+    gammas = jnp.split(gammas, np.cumsum([len(shape) for shape in shapes])[:-1])
+    return ParamsLGSSM(*(_draw_block(*each) for each in zip(keys, gammas, *zip(*parts, strict=True), strict=True)))
 
 
 def regressions(
@@ -70,7 +72,20 @@ def regressions(
     )
 
 
-def draw_block(key: PRNGKey, block: Any, regression: Regression, rule: BlockRules) -> Any:
+def _gamma_shapes(block: Any, regression: Regression, rule: BlockRules) -> Float[Array, " rows"]:
+    """Shapes of the gamma variates that a draw of the covariance is made of; any will do for a frozen one."""
+    dtype, rows = block.cov.dtype, len(block.cov)
+    count = lambda flags: flags.sum(axis=0).astype(dtype)  # noqa: E731
+    if block.cov.ndim == 1:
+        degrees = degrees_of_freedom(rule.prior, count(regression.seen), rows, diagonal=True)
+        return jnp.where(rule.cov, degrees, 1.0) / 2
+    degrees = degrees_of_freedom(rule.prior, count(regression.seen.any(axis=1)), rows, diagonal=False)
+    return (jnp.where(rule.cov.all(), degrees, rows) - jnp.arange(rows, dtype=dtype)) / 2
+
+
+def _draw_block(
+    key: PRNGKey, gammas: Float[Array, " rows"], block: Any, regression: Regression, rule: BlockRules
+) -> Any:
     """Draw coefficients given the covariance, and the covariance given the coefficients."""
     coefficients, cov = coefficients_of(block), block.cov
     prior = rule.prior
@@ -81,7 +96,7 @@ def draw_block(key: PRNGKey, block: Any, regression: Regression, rule: BlockRule
     free = jnp.broadcast_to(True if rule.coefficients is None else rule.coefficients, coefficients.shape)
     draw = _draw_rows if cov.ndim == 1 else _draw_correlated
     moves = rule.cov if cov.ndim == 1 else rule.cov.all()
-    coefficients, new_cov = draw(key, coefficients, cov, regression, free, prior, moves)
+    coefficients, new_cov = draw(key, gammas, coefficients, cov, regression, free, prior, moves)
     return with_coefficients(block, coefficients, jnp.where(moves, new_cov, cov))
 
 
@@ -120,6 +135,7 @@ def _spare_degrees(cov: Float[Array, "..."], regression: Regression, rule: Any) 
 
 def _draw_rows(
     key: PRNGKey,
+    gammas: Array,
     coefficients: Array,
     variances: Array,
     data: Regression,
@@ -131,24 +147,26 @@ def _draw_rows(
     residuals = data.targets - data.regressors @ coefficients.T
     gram = jnp.einsum("si,sp,sq->ipq", seen, data.regressors, data.regressors) + prior.precision[None]
     right = (seen * residuals).T @ data.regressors + (prior.mean - coefficients) @ prior.precision
-    row_key, cov_key = jax.random.split(key)
-    white = jax.random.normal(row_key, coefficients.shape, coefficients.dtype)
+    white = jax.random.normal(key, coefficients.shape, coefficients.dtype)
     change = jax.vmap(_draw_change)(gram, right, white * jnp.sqrt(variances)[:, None], free)
     coefficients = coefficients + change
 
     residuals = data.targets - data.regressors @ coefficients.T
     deviation = coefficients - prior.mean
     second = (seen * residuals**2).sum(axis=0) + jnp.diagonal(deviation @ prior.precision @ deviation.T + prior.scale)
-    degrees = degrees_of_freedom(prior, seen.sum(axis=0), len(variances), diagonal=True)
-    degrees, second = (
-        jnp.where(moves, degrees, 1.0),
-        jnp.where(moves, second, 1.0),
-    )  # a frozen one may have no distribution
-    return coefficients, second / 2 / jax.random.gamma(cov_key, degrees / 2, dtype=second.dtype)
+    second = jnp.where(moves, second, 1.0)  # a frozen one may have no distribution
+    return coefficients, second / 2 / gammas
 
 
 def _draw_correlated(
-    key: PRNGKey, coefficients: Array, cov: Array, data: Regression, free: Array, prior: ResolvedPrior, moves: Array
+    key: PRNGKey,
+    gammas: Array,
+    coefficients: Array,
+    cov: Array,
+    data: Regression,
+    free: Array,
+    prior: ResolvedPrior,
+    moves: Array,
 ) -> tuple[Array, Array]:
     fill_key, row_key, cov_key = jax.random.split(key, 3)
     rows, columns = coefficients.shape
@@ -166,9 +184,8 @@ def _draw_correlated(
     residuals = residuals - regressors @ change.T
     deviation = coefficients - prior.mean
     second = residuals.T @ residuals + deviation @ prior.precision @ deviation.T + prior.scale
-    degrees = degrees_of_freedom(prior, used.sum().astype(cov.dtype), rows, diagonal=False)
-    degrees, second = jnp.where(moves, degrees, rows), jnp.where(moves, second, jnp.eye(rows, dtype=cov.dtype))
-    return coefficients, _draw_inverse_wishart(cov_key, degrees, second)
+    second = jnp.where(moves, second, jnp.eye(rows, dtype=cov.dtype))
+    return coefficients, _draw_inverse_wishart(cov_key, gammas, second)
 
 
 def _draw_change(precision: Array, right: Array, white: Array, free: Array) -> Array:
@@ -192,12 +209,9 @@ def _fill_in(key: PRNGKey, coefficients: Array, cov: Array, data: Regression) ->
     return jnp.where(data.seen, data.targets, means + drawn + solved @ cov)
 
 
-def _draw_inverse_wishart(key: PRNGKey, degrees: Array, scale: Array) -> Array:
+def _draw_inverse_wishart(key: PRNGKey, gammas: Array, scale: Array) -> Array:
     r"""Bartlett: with $Ψ = L L^\top$, $Σ = L A^{-\top} A^{-1} L^\top$, A lower with chi variates on its diagonal."""
     dim = scale.shape[0]
-    normal_key, chi_key = jax.random.split(key)
-    shapes = (degrees - jnp.arange(dim, dtype=scale.dtype)) / 2
-    chi = jnp.sqrt(2 * jax.random.gamma(chi_key, shapes, dtype=scale.dtype))
-    lower = jnp.tril(jax.random.normal(normal_key, (dim, dim), scale.dtype), -1) + jnp.diag(chi)
+    lower = jnp.tril(jax.random.normal(key, (dim, dim), scale.dtype), -1) + jnp.diag(jnp.sqrt(2 * gammas))
     root = jsl.solve_triangular(lower, jnp.linalg.cholesky(scale).T, lower=True)
     return root.T @ root

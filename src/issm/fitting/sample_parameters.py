@@ -1,6 +1,7 @@
 """Posterior draws of the parameters, by several Markov chains side by side."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -8,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from issm._check import check_key, fail, is_concrete
+from issm._compile import jit_quickly
 from issm._constraints import check_interior, log_volume, whole_matrices
 from issm._trees import trainable_masks
 from issm._types import PRNGKey
@@ -230,28 +233,26 @@ def _obstacle(params: ParamsLGSSM, rules: Rules, own: bool) -> tuple[str, str, s
     return None
 
 
-@jax.jit(static_argnames=("sizes", "smoother"))
+@partial(jit_quickly, static_argnames=("sizes", "smoother"))
 def _sample_gibbs(
     key: PRNGKey, params: ParamsLGSSM, trials: Trials, rules: Rules, sizes: Sizes, smoother: str
 ) -> ParameterSamples:
-    def sweeps(params: ParamsLGSSM, key: PRNGKey, count: int) -> ParamsLGSSM:
-        one = lambda params, key: (sweep(key, params, trials, rules, smoother), None)  # noqa: E731
-        return lax.scan(one, params, jax.random.split(key, count))[0]
+    def keep(params: ParamsLGSSM, at: tuple[PRNGKey, Array]) -> tuple[ParamsLGSSM, ParamsLGSSM]:
+        key, count = at
+        one = lambda i, params: sweep(jax.random.fold_in(key, i), params, trials, rules, smoother)  # noqa: E731
+        params = lax.fori_loop(0, count, one, params)
+        return params, params
 
     def chain(key: PRNGKey) -> ParamsLGSSM:
-        def keep(params: ParamsLGSSM, key: PRNGKey) -> tuple[ParamsLGSSM, ParamsLGSSM]:
-            params = sweeps(params, key, sizes.thin)
-            return params, params
-
-        warmup_key, sample_key = jax.random.split(key)
-        start = sweeps(params, warmup_key, sizes.num_warmup)
-        return lax.scan(keep, start, jax.random.split(sample_key, sizes.num_samples))[1]
+        # The warm-up is what comes before the first draw that is kept: a sweep stands, and is compiled, in one place.
+        counts = jnp.full(sizes.num_samples, sizes.thin, jnp.int32).at[0].add(sizes.num_warmup)
+        return lax.scan(keep, params, (jax.random.split(key, sizes.num_samples), counts))[1]
 
     chains = jax.vmap(chain)(jax.random.split(key, sizes.num_chains))
     return _summarise(chains, jnp.zeros((), jnp.int32), "gibbs")
 
 
-@eqx.filter_jit
+@partial(jit_quickly, jit=eqx.filter_jit)
 def _sample_nuts(
     key: PRNGKey, params: ParamsLGSSM, trials: Trials, prior: Rules | LogPrior, directions: Array, masks: Any,
     sizes: Sizes, smoother: str,
@@ -269,12 +270,14 @@ def _sample_nuts(
 
 def _summarise(chains: ParamsLGSSM, num_divergent: Int[Array, ""], method: str) -> ParameterSamples:
     draws = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), chains)
+    entries = jax.vmap(jax.vmap(lambda draw: ravel_pytree(draw)[0]))(chains)
+    unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], draws))[1]
     return ParameterSamples(
         draws=draws,
         mean=means(draws),
         sd=standard_deviations(draws),
-        r_hat=jax.tree.map(split_r_hat, chains),
-        effective_sample_size=jax.tree.map(effective_sample_size, chains),
+        r_hat=unravel(split_r_hat(entries)),
+        effective_sample_size=unravel(effective_sample_size(entries)),
         num_divergent=num_divergent,
         num_chains=jax.tree.leaves(chains)[0].shape[0],
         method=method,

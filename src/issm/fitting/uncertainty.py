@@ -12,6 +12,7 @@ maximum, and a fit that stopped early is none; H tells how well the rest is know
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -23,6 +24,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import fail, is_concrete
+from issm._compile import jit_quickly
 from issm._constraints import check_interior
 from issm._linalg import safe_sqrt, symmetrize
 from issm._trees import trainable_masks
@@ -174,7 +176,7 @@ def parameter_covariance(
     return _parameter_covariance(params, trials, directions, choose_method("auto", params, trials), scale)
 
 
-@jax.jit(static_argnames=("method", "scale"))
+@partial(jit_quickly, static_argnames=("method", "scale"))
 def _parameter_covariance(
     params: ParamsLGSSM, trials: Trials, directions: Array, method: str, scale: str
 ) -> ParameterCovariance:

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from issm._compile import jit_quickly
+from issm._compile import QUICKER, jit_quickly
 from issm.inference.likelihood import log_likelihoods
 from issm.inference.methods import check_method, choose_method, filter_and_smooth
 from issm.interventions import Intervention
@@ -139,7 +139,7 @@ def marginal_log_prob(
     return _marginal_log_prob(params, trials, choose_method("auto", params, trials))
 
 
-@partial(jit_quickly, static_argnames="method")
+@partial(jit_quickly, static_argnames="method", options=QUICKER)
 def _filter(params: ParamsLGSSM, trials: Trials, method: str) -> PosteriorGSSMFiltered:
     moments = filter_and_smooth(params, trials, method)
     return trials.like_user(
@@ -155,6 +155,6 @@ def _filter(params: ParamsLGSSM, trials: Trials, method: str) -> PosteriorGSSMFi
     )
 
 
-@partial(jit_quickly, static_argnames="method")
+@partial(jit_quickly, static_argnames="method", options=QUICKER)
 def _marginal_log_prob(params: ParamsLGSSM, trials: Trials, method: str) -> Float[Array, "*trials"]:
     return trials.like_user(log_likelihoods(params, trials, method))

@@ -1,5 +1,6 @@
 """Joint draws of the states given the emissions."""
 
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from issm._check import check_key, fail
+from issm._compile import jit_quickly
 from issm._types import PRNGKey
 from issm.inference.methods import choose_method, filter_and_smooth
 from issm.interventions import Intervention
@@ -29,7 +31,7 @@ def posterior_sample(
     r"""Draw whole state paths from $p(x_{0:T-1} \mid y_{0:T-1}, do(\cdot), u)$.
 
     Draws $(x^+, y^+)$ from the model with the data's missing entries, and corrects its mean:
-    $x^+ + E[x \mid y] - E[x \mid y^+]$. Exact, and no covariance is factorised.
+    $x^+ + E[x - x^+ \mid y - y^+]$, differences following the model without its offsets. Exact, and no covariance is factorised.
 
     Args:
         key: JAX random key.
@@ -66,25 +68,35 @@ def posterior_sample(
     return _posterior_sample(key, params, trials, num_samples, choose_method("auto", params, trials))
 
 
-@jax.jit(static_argnames=("num_samples", "method"))
+@partial(jit_quickly, static_argnames=("num_samples", "method"))
 def _posterior_sample(key: PRNGKey, params: ParamsLGSSM, trials: Trials, num_samples: int, method: str) -> Array:
-    means = filter_and_smooth(params, trials, method).smoothed_means
-    draw = lambda key: draw_states(key, params, trials, means, method)  # noqa: E731
+    draw = lambda key: draw_states(key, params, trials, method)  # noqa: E731
     return trials.like_user(jax.vmap(draw, out_axes=1)(jax.random.split(key, num_samples)))
 
 
 def draw_states(
-    key: PRNGKey,
-    params: ParamsLGSSM,
-    trials: Trials,
-    smoothed_means: Float[Array, "num_trials num_timesteps state_dim"],
-    method: str,
+    key: PRNGKey, params: ParamsLGSSM, trials: Trials, method: str
 ) -> Float[Array, "num_trials num_timesteps state_dim"]:
-    """One path for every trial; `smoothed_means` are those given the data."""
+    """One path for every trial."""
     axes = trials.plan.axes
     draw = jax.vmap(sample_sequence, in_axes=(0, None, axes.inputs, axes.intervention))
     keys = jax.random.split(key, trials.num_trials)
     states, emissions = draw(keys, params, trials.plan.inputs, trials.plan.intervention)
-    emissions = jnp.where(jnp.isnan(trials.emissions), jnp.nan, emissions) if trials.may_miss else emissions
-    drawn = eqx.tree_at(lambda t: t.emissions, trials, emissions)
-    return states + smoothed_means - filter_and_smooth(params, drawn, method).smoothed_means
+    differences = eqx.tree_at(
+        lambda t: (t.emissions, t.plan.intervention.value),
+        trials,
+        (trials.emissions - emissions, jnp.zeros_like(trials.plan.intervention.value)),
+    )
+    return states + filter_and_smooth(_without_offsets(params), differences, method).smoothed_means
+
+
+def _without_offsets(params: ParamsLGSSM) -> ParamsLGSSM:
+    """The model of differences between two paths."""
+    offsets = lambda p: (  # noqa: E731
+        p.initial.mean,
+        p.dynamics.bias,
+        p.dynamics.input_weights,
+        p.emissions.bias,
+        p.emissions.input_weights,
+    )
+    return eqx.tree_at(offsets, params, jax.tree.map(jnp.zeros_like, offsets(params)))

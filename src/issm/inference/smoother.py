@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from issm._compile import jit_quickly
+from issm._compile import QUICKER, jit_quickly
 from issm.inference.kalman import PosteriorGSSMFiltered
 from issm.inference.methods import check_method, choose_method, filter_and_smooth
 from issm.interventions import Intervention
@@ -105,7 +105,7 @@ def lgssm_smoother(
     return _smoother(params, trials, choose_method(method, params, trials))
 
 
-@partial(jit_quickly, static_argnames="method")
+@partial(jit_quickly, static_argnames="method", options=QUICKER)
 def _smoother(params: ParamsLGSSM, trials: Trials, method: str) -> PosteriorGSSMSmoothed:
     moments = filter_and_smooth(params, trials, method)
     return trials.like_user(
