@@ -26,7 +26,7 @@ from issm.causal.excitation import (
 from issm.causal.history import check_plan
 from issm.causal.report import Identifiability
 from issm.causal.support import support_of
-from issm.inference.information import free_directions, observed_information
+from issm.inference.information import free_directions, score_and_information
 from issm.inference.methods import choose_method
 from issm.interventions import Intervention
 from issm.models.fields import values_of
@@ -209,7 +209,7 @@ def _count_once(clamps: Intervention, alive: Array) -> Weights:
 
 
 def _standard_errors(params: ParamsLGSSM, trials: Trials, directions: Array, method: str) -> Array:
-    information = observed_information(params, trials, directions, method)
+    _, information = score_and_information(params, trials, directions, method)
     size, dtype = information.shape[0], information.dtype
     curvature = jnp.abs(jnp.diagonal(information))
     scale = jnp.where(curvature > 0, 1 / jnp.sqrt(jnp.where(curvature > 0, curvature, 1.0)), 1.0)

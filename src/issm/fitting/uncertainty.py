@@ -34,9 +34,8 @@ from issm.inference.information import (
     along,
     along_coordinates,
     free_directions,
-    observed_information,
+    score_and_information,
 )
-from issm.inference.likelihood import log_likelihoods
 from issm.inference.methods import choose_method, filter_and_smooth
 from issm.interventions import Intervention
 from issm.models.fields import TimeVarying, apply_weights, as_matrix, over_time
@@ -182,9 +181,7 @@ def _parameter_covariance(
 ) -> ParameterCovariance:
     flat, unravel = ravel_pytree(params)
     at = along(params, directions) if scale == "natural" else along_coordinates(params, directions)
-    log_prob = lambda step: log_likelihoods(at(step), trials, method).sum()  # noqa: E731
-    score = jax.grad(log_prob)(jnp.zeros(directions.shape[1], flat.dtype))
-    observed = observed_information(params, trials, directions, method, at=at)
+    score, observed = score_and_information(params, trials, directions, method, at=at)
     expected = lax.stop_gradient(_predictive_information(at, jnp.zeros_like(score), trials, method))
     finite = jnp.isfinite(expected).all() & jnp.isfinite(observed).all()
     eye = jnp.eye(score.size, dtype=score.dtype)

@@ -76,15 +76,15 @@ def along_coordinates(
     return lambda step: apply_mask(masks, constrain(unravel(start + directions @ step)), params)
 
 
-def observed_information(
+def score_and_information(
     params: ParamsLGSSM,
     trials: Trials,
     directions: Float[Array, "num_parameters num_free"],
     method: str,
     *,
     at: Callable[[Float[Array, " num_free"]], ParamsLGSSM] | None = None,
-) -> Float[Array, "num_free num_free"]:
-    """Minus the Hessian of the log-likelihood, by forward mode through its exact score.
+) -> tuple[Float[Array, " num_free"], Float[Array, "num_free num_free"]]:
+    """The score of the log-likelihood and minus its Hessian, by forward mode through the score.
 
     `at` gives the parameters some steps away, if these are not steps along the directions.
     """
@@ -92,8 +92,8 @@ def observed_information(
     score = jax.grad(lambda step: log_likelihoods(move(step), trials, method).sum())
     num_free = directions.shape[1]
     zero = jnp.zeros(num_free, directions.dtype)
-    column = lambda direction: jax.jvp(score, (zero,), (direction,))[1]  # noqa: E731
+    column = lambda direction: jax.jvp(score, (zero,), (direction,))  # noqa: E731
     size = min(num_free, DERIVATIVES_AT_ONCE)
     steps = jnp.eye(-(-num_free // size) * size, num_free, dtype=zero.dtype)  # filled up with zeros
-    columns = lax.map(jax.vmap(column), steps.reshape(-1, size, num_free))
-    return -symmetrize(columns.reshape(-1, num_free)[:num_free])
+    value, columns = lax.map(jax.vmap(column, out_axes=(None, 0)), steps.reshape(-1, size, num_free))
+    return value[0], -symmetrize(columns.reshape(-1, num_free)[:num_free])
