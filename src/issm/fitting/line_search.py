@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Float, Int
 SUFFICIENT = 1e-4  # share of the fall promised by the slope that a step has to bring
 CURVATURE = 0.9  # share of the slope that may be left
 MOST_TRIALS = 20  # lengths of one direction
-ROUNDING = {"float32": 1e-6, "float64": 1e-12}  # relative change of a loss that rounding can make
 
 memory_of_steps = optax.scale_by_lbfgs()
 
@@ -51,7 +50,7 @@ class Lengths(eqx.Module):
 
         When all trials are used up, the last is the longest length that brought enough: zero if none did.
         """
-        rounding = ROUNDING[value.dtype.name] * jnp.abs(self.value)
+        rounding = jnp.finfo(value.dtype).eps ** 0.75 * jnp.abs(self.value)  # of a sum of many numbers
         falls = value <= self.value + SUFFICIENT * self.length * self.slope
         falls |= (value <= self.value + rounding) & (slope <= (2 * SUFFICIENT - 1) * self.slope)
         falls &= jnp.isfinite(value) & jnp.isfinite(slope)
