@@ -47,8 +47,8 @@ def fit_sgd(
     $$θ \leftarrow θ - \mathrm{optimizer}(\nabla_θ\, \ell), \quad \ell = -\log p(y \mid do(\cdot), u) / \#y$$
 
     by default, in coordinates without constraints: variances (fields named `cov` or `concentration`) by their logarithm,
-    covariance matrices by their Cholesky factor. An epoch visits every trial exactly once, in an order drawn anew; an epoch of L-BFGS is one
-    step, whose length may take several evaluations.
+    covariance matrices by their Cholesky factor. An epoch visits every trial exactly once, in an order drawn
+    anew; an epoch of L-BFGS is one step, whose length may take several evaluations.
 
     Args:
         params: Where to start: a `ParamsLGSSM`, or with a `loss` of your own any pytree; floating-point arrays are learned, and
