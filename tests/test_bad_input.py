@@ -15,6 +15,7 @@ import pytest
 
 import issm
 from issm import Intervention, TimeVarying
+from issm._compile import Program
 
 CHECKS = {"_surely_finite"}  # jitted, but part of the checks themselves
 
@@ -187,7 +188,7 @@ CALLS = {
 def as_a_user(monkeypatch):
     """Without the run-time type checks that only the tests install, and without anything that compiles."""
     jaxtyping.config.update("jaxtyping_disable", True)
-    jitted = type(jax.jit(lambda: None))
+    jitted = type(jax.jit(lambda: None)), Program
 
     def compiles(*_, **__):
         raise AssertionError("reached a jitted function")

@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Callable, Mapping
-from functools import lru_cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from functools import lru_cache, update_wrapper
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 from jax.extend.core import get_opaque_trace_state
@@ -23,25 +23,28 @@ NOTHING_TRACED = get_opaque_trace_state()
 """What JAX traces while this module is imported: nothing."""
 
 
-def jit_quickly(
-    function: Callable[P, R], *, options: Mapping[str, bool | int] = QUICKEST, jit: Callable = jax.jit, **how: Any
-) -> Callable[P, R]:
-    """`jit(function, **how)` for one large program; where JAX already traces, it compiles as the caller says.
+class Program(Generic[P, R]):
+    """A function that is compiled with options where it is called by itself; where JAX already traces, it compiles as the caller says.
 
     Only a program of its own may have options of its own.
     """
-    within = jit(function, **how)
 
-    @lru_cache(maxsize=1)
-    def alone() -> Callable[P, R]:
-        return jit(function, compiler_options=_known(options), **how)
+    def __init__(self, function: Callable[P, R], jit: Callable, options: Mapping[str, bool | int], how: dict[str, Any]):
+        update_wrapper(self, function)
+        self._within = jit(function, **how)
+        self._alone = lru_cache(maxsize=1)(lambda: jit(function, compiler_options=_known(options), **how))
 
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        compiled = alone() if get_opaque_trace_state() == NOTHING_TRACED else within
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Compile what has not been compiled, and run it."""
+        compiled = self._alone() if get_opaque_trace_state() == NOTHING_TRACED else self._within
         return compiled(*args, **kwargs)
 
-    return call
+
+def jit_quickly(
+    function: Callable[P, R], *, options: Mapping[str, bool | int] = QUICKEST, jit: Callable = jax.jit, **how: Any
+) -> Program[P, R]:
+    """`jit(function, **how)` for one large program, in less time."""
+    return Program(function, jit, options, how)
 
 
 def _known(options: Mapping[str, bool | int]) -> dict | None:

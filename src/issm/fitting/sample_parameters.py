@@ -153,6 +153,7 @@ def sample_parameters(
         method: "gibbs", "nuts", or "auto": Gibbs sampling where it is exact, else NUTS.
         num_samples: Draws kept from each chain, at least 4.
         num_warmup: Draws of each chain thrown away before, at least 20 for NUTS, which adapts its step size and scales in them.
+            Gibbs sampling rounds it up to a multiple of `thin`.
         num_chains: Number of chains, all side by side.
         thin: Keep one draw of so many.
 
@@ -237,16 +238,17 @@ def _obstacle(params: ParamsLGSSM, rules: Rules, own: bool) -> tuple[str, str, s
 def _sample_gibbs(
     key: PRNGKey, params: ParamsLGSSM, trials: Trials, rules: Rules, sizes: Sizes, smoother: str
 ) -> ParameterSamples:
-    def keep(params: ParamsLGSSM, at: tuple[PRNGKey, Array]) -> tuple[ParamsLGSSM, ParamsLGSSM]:
-        key, count = at
-        one = lambda i, params: sweep(jax.random.fold_in(key, i), params, trials, rules, smoother)  # noqa: E731
-        params = lax.fori_loop(0, count, one, params)
+    def draw(params: ParamsLGSSM, key: PRNGKey) -> tuple[ParamsLGSSM, ParamsLGSSM]:
+        one = lambda params, key: (sweep(key, params, trials, rules, smoother), None)  # noqa: E731
+        params, _ = lax.scan(one, params, jax.random.split(key, sizes.thin))
         return params, params
 
+    # The warm-up is made of draws, too: a sweep stands, and is compiled, in one place.
+    num_before = -(-sizes.num_warmup // sizes.thin)
+
     def chain(key: PRNGKey) -> ParamsLGSSM:
-        # The warm-up is what comes before the first draw that is kept: a sweep stands, and is compiled, in one place.
-        counts = jnp.full(sizes.num_samples, sizes.thin, jnp.int32).at[0].add(sizes.num_warmup)
-        return lax.scan(keep, params, (jax.random.split(key, sizes.num_samples), counts))[1]
+        draws = lax.scan(draw, params, jax.random.split(key, num_before + sizes.num_samples))[1]
+        return jax.tree.map(lambda leaf: leaf[num_before:], draws)
 
     chains = jax.vmap(chain)(jax.random.split(key, sizes.num_chains))
     return _summarise(chains, jnp.zeros((), jnp.int32), "gibbs")
