@@ -76,7 +76,7 @@ def measure(name: str, dtype: str) -> None:
     for _ in range(2):
         began = time.perf_counter()
         jax.block_until_ready(jax.tree.leaves(FUNCTIONS[name](experiment)))
-        print(f"{time.perf_counter() - began:.3f}", end=" ")
+        print(f"{time.perf_counter() - began:.5f}", end=" ")
 
 
 def main() -> None:
