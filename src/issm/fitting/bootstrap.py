@@ -155,6 +155,7 @@ def bootstrap(
     return _refit(key, params, trials, options, kind, num_samples, num_iters, tol, num_at_once)
 
 
+# Clamps that are redrawn are traced: every trial is a lane of its own, and loops over lanes need all of LLVM's work.
 @partial(jit_quickly, jit=eqx.filter_jit, options=QUICKER)
 def _refit(
     key: PRNGKey,

@@ -44,7 +44,7 @@ def sweep(key: PRNGKey, params: ParamsLGSSM, trials: Trials, rules: Rules, metho
         (getattr(params, name), regression, getattr(rules, name))
         for name, regression in zip(BLOCKS, regressions(states, trials), strict=True)
     ]
-    # All at once: XLA takes longer to compile a gamma variate than a smoother.
+    # All at once: gamma variates are a large program, wherever they are drawn.
     shapes = [_gamma_shapes(*part) for part in parts]
     gammas = jax.random.gamma(gamma_key, jnp.concatenate(shapes), dtype=states.dtype)
     gammas = jnp.split(gammas, np.cumsum([len(shape) for shape in shapes])[:-1])
@@ -110,27 +110,16 @@ def check_proper(params: ParamsLGSSM, trials: Trials, rules: Rules) -> None:
     """Refuse a covariance that is seen too rarely for its posterior to be one."""
     zeros = jnp.zeros((trials.num_trials, trials.emissions.shape[1], params.state_dim), params.initial.mean.dtype)
     for name, regression in zip(BLOCKS, regressions(zeros, trials), strict=True):
-        cov, rule = getattr(params, name).cov, getattr(rules, name)
+        block, rule = getattr(params, name), getattr(rules, name)
         if not np.asarray(rule.cov).any():
             continue
-        least = _spare_degrees(cov, regression, rule)
-        if not least > 0:
+        if not (np.asarray(_gamma_shapes(block, regression, rule)) > 0).all():
             fail(
                 f"trainable.{name}.cov",
                 got="True, but too few steps tell about it",
                 expected="a posterior that is proper",
                 remedy=f"Give it a prior, `Priors({name}=RegressionPrior(degrees=..., scale=...))`, or freeze it.",
             )
-
-
-def _spare_degrees(cov: Float[Array, "..."], regression: Regression, rule: Any) -> float:
-    """How far the least-seen variance is above the degrees of freedom below which it has no posterior."""
-    seen, dim = np.asarray(regression.seen), cov.shape[0]
-    count = lambda flags: jnp.asarray(flags.sum(axis=0), cov.dtype)  # noqa: E731
-    if cov.ndim == 1:
-        degrees = np.asarray(degrees_of_freedom(rule.prior, count(seen), dim, diagonal=True))
-        return float(np.min(degrees[np.asarray(rule.cov)]))
-    return float(degrees_of_freedom(rule.prior, count(seen.any(axis=1)), dim, diagonal=False)) - (dim - 1)
 
 
 def _draw_rows(
