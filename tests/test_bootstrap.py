@@ -67,16 +67,44 @@ def test_new_data_keep_the_design():
     emissions = np.zeros((3, 6, 1))
     emissions[2, 4] = np.nan
     trials = module.as_trials(TRUTH, emissions, None, plan)
-    drawn, _, kept = module._redraw(jax.random.key(0), TRUTH, trials)
-    np.testing.assert_array_equal(np.isnan(drawn), np.isnan(emissions))
-    np.testing.assert_allclose(drawn[1, 2:4], 50.0, atol=0.1)
-    assert np.abs(np.nan_to_num(drawn[0])).max() < 10
-    np.testing.assert_array_equal(kept.mask, mask)
+    problem = module.pose(TRUTH, trials, module.make_rules(TRUTH, None, None), 3, 0.0)
+    drawn = module._redraw(jax.random.key(0), TRUTH, problem).trials
+    np.testing.assert_array_equal(np.isnan(drawn.emissions), np.isnan(emissions))
+    np.testing.assert_allclose(drawn.emissions[1, 2:4], 50.0, atol=0.1)
+    assert np.abs(np.nan_to_num(drawn.emissions[0])).max() < 10
+    np.testing.assert_array_equal(drawn.plan.intervention.mask, mask)
 
-    marked = eqx.tree_at(lambda t: t.emissions, trials, jnp.arange(3.0)[:, None, None] * jnp.ones((3, 6, 1)))
-    drawn, _, kept = module._resample(jax.random.key(4), TRUTH, marked)
-    chosen = np.asarray(drawn)[:, 0, 0].astype(int)
-    np.testing.assert_array_equal(kept.mask, mask[chosen])
+    marked = jnp.arange(3.0)[:, None, None] * jnp.ones((3, 6, 1))
+    problem = eqx.tree_at(lambda p: p.trials.emissions, problem, marked)
+    drawn = module._resample(jax.random.key(4), TRUTH, problem).trials
+    chosen = np.asarray(drawn.emissions)[:, 0, 0].astype(int)
+    np.testing.assert_array_equal(drawn.plan.intervention.mask, mask[chosen])
+
+
+@pytest.mark.parametrize("kind", ["parametric", "trials"])
+def test_refits_are_fits_to_the_new_data(kind):
+    """Trials that share clamps and missing entries do so in the refits: `fit_em`, which looks for itself, finds the same."""
+    params = issm.make_lgssm_params(
+        [0.5, 0.0], [1.0, 1.0], [[0.9, 0.0], [0.3, 0.8]], [[0.2, 0.05], [0.05, 0.2]], np.eye(2), [0.2, 0.2]
+    )
+    mask = np.zeros((4, 12, 2), bool)
+    mask[:2, 3:6, 0] = mask[2:, 5:9, 1] = True
+    plan = issm.Intervention(mask, np.where(mask, 1.5, 0.0))
+    keys = jax.random.split(jax.random.key(0), 4)
+    sample = lambda key, plan: issm.lgssm_sample(key, params, 12, interventions=plan)[1]  # noqa: E731
+    emissions = jax.vmap(sample)(keys, plan).at[1, 4].set(jnp.nan)
+    refits = issm.bootstrap(
+        jax.random.key(1), params, emissions, interventions=plan, kind=kind, num_samples=2, num_iters=4
+    )
+    trials = module.as_trials(params, emissions, None, plan)
+    problem = module.pose(params, trials, module.make_rules(params, None, None), 4, 0.0)
+    redraw = module._redraw if kind == "parametric" else module._resample
+    for k, key in enumerate(jax.random.split(jax.random.key(1), 2)):
+        new = redraw(key, params, problem).trials
+        fit = issm.fit_em(params, new.emissions, interventions=new.plan.intervention, num_iters=4)
+        np.testing.assert_allclose(refits.log_probs[k], fit.log_probs[-1], rtol=1e-9)
+        for one, other in zip(jax.tree.leaves(refits.draws), jax.tree.leaves(fit.params), strict=True):
+            np.testing.assert_allclose(one[k], other, rtol=1e-6, atol=1e-9)
 
 
 def test_bad_input(emissions, parametric):

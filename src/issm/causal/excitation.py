@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from issm.causal.predict import forward_moments
-from issm.inference.methods import filter_and_smooth
+from issm.inference.moments import Moments
 from issm.interventions import Intervention
 from issm.models.fields import TimeVarying, as_matrix, is_diagonal, over_time
 from issm.models.lgssm import ParamsLGSSM
@@ -33,14 +33,9 @@ class Weights(eqx.Module):
     by_pattern: Float[Array, "num_patterns num_timesteps state_dim"]
 
 
-def smoothed_moments(params: ParamsLGSSM, trials: Trials, method: str) -> StateMoments:
+def smoothed_states(moments: Moments, trials: Trials) -> StateMoments:
     """What the data say about the states."""
-    moments = filter_and_smooth(params, trials, method)
-    num_patterns, dtype = moments.smoothed_covs.shape[0], moments.smoothed_covs.dtype
-    if trials.pattern is None:
-        counts = jnp.full(num_patterns, trials.num_trials / num_patterns, dtype)
-    else:
-        counts = jnp.zeros(num_patterns, dtype).at[trials.pattern].add(1.0)
+    counts = trials.in_patterns.astype(moments.smoothed_covs.dtype)
     return StateMoments(moments.smoothed_means, moments.smoothed_covs, counts)
 
 

@@ -21,13 +21,13 @@ from issm.causal.excitation import (
     predicted_moments,
     row_precisions,
     row_sums,
-    smoothed_moments,
+    smoothed_states,
 )
 from issm.causal.history import check_plan
 from issm.causal.report import Identifiability
 from issm.causal.support import support_of
-from issm.inference.information import free_directions, score_and_information
-from issm.inference.methods import choose_method
+from issm.inference.information import free_directions, information_of
+from issm.inference.methods import choose_method, filter_and_smooth
 from issm.interventions import Intervention
 from issm.models.fields import values_of
 from issm.models.lgssm import ParamsLGSSM, check_params
@@ -131,11 +131,13 @@ def _from_data(params: ParamsLGSSM, trials: Trials, directions: Array | None, me
     chosen = trials.representatives
     by_trial = _count_once(clamps, alive).by_trial
     weights = Weights(by_trial, by_trial[chosen])
-    moments = smoothed_moments(params, trials, method)
-    report = _report(clamps, alive, moments, weights, trials.plan.inputs, params, "data")
+    inputs = trials.plan.inputs
     if directions is None or not constant_dynamics(params):
-        return report
-    errors = _standard_errors(params, trials, directions, method)
+        states = smoothed_states(filter_and_smooth(params, trials, method), trials)
+        return _report(clamps, alive, states, weights, inputs, params, "data")
+    information, moments = information_of(params, trials, directions, method)
+    report = _report(clamps, alive, smoothed_states(moments, trials), weights, inputs, params, "data")
+    errors = _standard_errors(params, information, directions)
     fields = lambda r: (r.standard_errors, r.silent)  # noqa: E731
     return eqx.tree_at(fields, report, (errors, report.silent | jnp.isinf(errors)), is_leaf=lambda leaf: leaf is None)
 
@@ -208,8 +210,7 @@ def _count_once(clamps: Intervention, alive: Array) -> Weights:
     return Weights(weights, weights)
 
 
-def _standard_errors(params: ParamsLGSSM, trials: Trials, directions: Array, method: str) -> Array:
-    _, information = score_and_information(params, trials, directions, method)
+def _standard_errors(params: ParamsLGSSM, information: Array, directions: Array) -> Array:
     size, dtype = information.shape[0], information.dtype
     curvature = jnp.abs(jnp.diagonal(information))
     scale = jnp.where(curvature > 0, 1 / jnp.sqrt(jnp.where(curvature > 0, curvature, 1.0)), 1.0)

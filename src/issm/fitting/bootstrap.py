@@ -1,5 +1,6 @@
 """Refits to data drawn anew: the uncertainty of a fit without its asymptotics."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,15 +12,18 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import check_key, fail, is_concrete
-from issm._compile import QUICKER, jit_quickly
+from issm._compile import jit_quickly
 from issm._types import PRNGKey
-from issm.fitting.em import fit_em
+from issm.fitting.centering import count_observed
+from issm.fitting.em import check_stopping, pose, solve
+from issm.fitting.em_loop import Problem
 from issm.fitting.intervals import check_level, means, quantiles, standard_deviations
+from issm.fitting.m_step import make_rules
 from issm.fitting.priors import Priors
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.sampling import sample_sequence
-from issm.models.trials import Trials, as_trials
+from issm.models.trials import as_trials
 
 KINDS = ("parametric", "trials")
 
@@ -151,28 +155,25 @@ def bootstrap(
             expected="known ones",
             remedy="Call it outside of `jit` and `vmap`: its refits are compiled and batched already.",
         )
-    options = {"trainable": trainable, "priors": priors}
-    return _refit(key, params, trials, options, kind, num_samples, num_iters, tol, num_at_once)
+    check_stopping(num_iters, tol)
+    problem = pose(params, trials, make_rules(params, trainable, priors), num_iters, tol)
+    return _refit(key, params, problem, kind, num_samples, num_iters, num_at_once)
 
 
-# Clamps that are redrawn are traced: every trial is a lane of its own, and loops over lanes need all of LLVM's work.
-@partial(jit_quickly, jit=eqx.filter_jit, options=QUICKER)
+@partial(jit_quickly, jit=eqx.filter_jit)
 def _refit(
     key: PRNGKey,
     params: ParamsLGSSM,
-    trials: Trials,
-    options: dict,
+    problem: Problem,
     kind: str,
     num_samples: int,
     num_iters: int,
-    tol: float,
     num_at_once: int,
 ) -> Bootstrap:
     redraw = _redraw if kind == "parametric" else _resample
 
     def one(key: PRNGKey) -> Any:
-        emissions, inputs, interventions = redraw(key, params, trials)
-        fit = fit_em(params, emissions, inputs, interventions=interventions, num_iters=num_iters, tol=tol, **options)
+        fit = solve(params, redraw(key, params, problem), num_iters)
         return fit.params, fit.log_probs[-1], fit.converged, fit.num_iters
 
     size = min(num_at_once, num_samples)
@@ -192,22 +193,31 @@ def _refit(
     )
 
 
-def _redraw(key: PRNGKey, params: ParamsLGSSM, trials: Trials) -> tuple[Array, Array, Intervention]:
-    """New data from the model, with the same entries missing."""
+def _redraw(key: PRNGKey, params: ParamsLGSSM, problem: Problem) -> Problem:
+    """The same with new data from the model: the same entries are missing, so that trials share what they shared."""
+    trials = problem.trials
     axes = trials.plan.axes
     draw = jax.vmap(sample_sequence, in_axes=(0, None, axes.inputs, axes.intervention))
     keys = jax.random.split(key, trials.num_trials)
     _, emissions = draw(keys, params, trials.plan.inputs, trials.plan.intervention)
     if trials.may_miss:
         emissions = jnp.where(jnp.isnan(trials.emissions), jnp.nan, emissions)
-    return emissions, trials.plan.inputs, trials.plan.intervention
+    return replace(problem, trials=replace(trials, emissions=emissions))
 
 
-def _resample(key: PRNGKey, params: ParamsLGSSM, trials: Trials) -> tuple[Array, Array, Intervention]:
-    """Trials with their inputs and clamps, with replacement."""
+def _resample(key: PRNGKey, params: ParamsLGSSM, problem: Problem) -> Problem:
+    """The same with trials drawn with replacement, each with its inputs and clamps."""
+    trials, patterns = problem.trials, problem.patterns
     chosen = jax.random.randint(key, (trials.num_trials,), 0, trials.num_trials)
     plan = jax.tree.map(lambda leaf: leaf[chosen] if leaf.ndim == 3 else leaf, trials.plan)
-    return trials.emissions[chosen], plan.inputs, plan.intervention
+    trials = replace(trials, emissions=trials.emissions[chosen], plan=plan)
+    if trials.num_patterns > 1:  # which trials share a pattern is not known before they are drawn
+        trials = replace(trials, representatives=jnp.arange(trials.num_trials), pattern=None, chunks=None)
+    if problem.trials.plan.intervention.mask.ndim == 3:
+        patterns = eqx.tree_at(
+            lambda p: (p.initial.index, p.dynamics.index), patterns, replace_fn=lambda at: at[chosen]
+        )
+    return replace(problem, trials=trials, patterns=patterns, numbers=count_observed(trials))
 
 
 def _check_options(kind: Any, num_samples: Any, num_at_once: Any) -> None:

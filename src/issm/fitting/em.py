@@ -92,28 +92,34 @@ def fit_em(
         >>> bool((np.diff(fit.log_probs) >= 0).all())
         True
     """
-    _check_options(num_iters, tol, accelerate, progress)
+    check_stopping(num_iters, tol)
+    _check_flags(accelerate, progress)
     trials = as_trials(params, emissions, inputs, interventions)
-    problem = _pose(params, trials, make_rules(params, trainable, priors), num_iters, tol)
-    accelerate = accelerate and num_iters > WARM_UP and problem.rules.input_l1 is None
-    centered, state, center = prepare(params, problem, _places(num_iters), accelerate)
-    iterate = run_with_bar if progress and is_concrete(state.code) else run
-    state = iterate(state, centered, num_iters)
-    return _result(_finish(state, problem, center, params, num_iters))
+    problem = pose(params, trials, make_rules(params, trainable, priors), num_iters, tol)
+    return _result(solve(params, problem, num_iters, accelerate=accelerate, progress=progress))
 
 
 def improve(params: ParamsLGSSM, trials: Trials, num_iters: int, tol: float = 0.0) -> FitResult:
     """Some updates with the defaults of `fit_em`; what is compiled for them serves `fit_em` on the same data."""
-    problem = _pose(params, trials, make_rules(params, None, None), num_iters, tol)
-    centered, state, center = prepare(params, problem, _places(num_iters), True)
-    return _finish(run(state, centered, num_iters), problem, center, params, num_iters)
+    return solve(params, pose(params, trials, make_rules(params, None, None), num_iters, tol), num_iters)
 
 
-def _pose(params: ParamsLGSSM, trials: Trials, rules: Rules, num_iters: int, tol: Any) -> Problem:
+def pose(params: ParamsLGSSM, trials: Trials, rules: Rules, num_iters: int, tol: Any) -> Problem:
+    """What is asked of a fit, in one pytree."""
     dtype = params.initial.mean.dtype
     patterns = find_patterns(params, trials)
     numbers = count_observed(trials)
     return Problem(trials, patterns, rules, jnp.asarray(tol, dtype), jnp.asarray(num_iters, jnp.int32), numbers)
+
+
+def solve(
+    params: ParamsLGSSM, problem: Problem, num_iters: int, *, accelerate: bool = True, progress: bool = False
+) -> FitResult:
+    """The fit from some parameters on, its logs as long as they may become."""
+    accelerate = accelerate and num_iters > WARM_UP and problem.rules.input_l1 is None
+    centered, state, center = prepare(params, problem, _places(num_iters), accelerate)
+    iterate = run_with_bar if progress and is_concrete(state.code) else run
+    return _finish(iterate(state, centered, num_iters), problem, center, params, num_iters)
 
 
 def _places(num_iters: int) -> int:
@@ -165,7 +171,8 @@ def _at_floor(state: EMState, rules: Rules) -> Array:
     return rules.emissions.cov.any() & (variances <= state.floor * (1 + 1e-3))
 
 
-def _check_options(num_iters: Any, tol: Any, accelerate: Any, progress: Any) -> None:
+def check_stopping(num_iters: Any, tol: Any) -> None:
+    """Refuse what says nothing about when a fit is to end."""
     if isinstance(num_iters, bool) or not isinstance(num_iters, (int, np.integer)) or num_iters < 1:
         fail(
             "num_iters",
@@ -175,6 +182,9 @@ def _check_options(num_iters: Any, tol: Any, accelerate: Any, progress: Any) -> 
         )
     if not _is_tolerance(tol):
         fail("tol", got=repr(tol), expected="a number of at least zero", remedy="Zero runs until nothing is gained.")
+
+
+def _check_flags(accelerate: Any, progress: Any) -> None:
     if not isinstance(accelerate, bool):
         fail("accelerate", got=repr(accelerate), expected="True or False", remedy="False is plain EM.")
     if not isinstance(progress, bool):

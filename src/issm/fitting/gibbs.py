@@ -108,18 +108,24 @@ def degrees_of_freedom(prior: ResolvedPrior | None, count: Any, dim: int, *, dia
 
 def check_proper(params: ParamsLGSSM, trials: Trials, rules: Rules) -> None:
     """Refuse a covariance that is seen too rarely for its posterior to be one."""
-    zeros = jnp.zeros((trials.num_trials, trials.emissions.shape[1], params.state_dim), params.initial.mean.dtype)
-    for name, regression in zip(BLOCKS, regressions(zeros, trials), strict=True):
-        block, rule = getattr(params, name), getattr(rules, name)
-        if not np.asarray(rule.cov).any():
-            continue
-        if not (np.asarray(_gamma_shapes(block, regression, rule)) > 0).all():
+    for name, is_proper in zip(BLOCKS, _are_proper(params, trials, rules), strict=True):
+        if not is_proper:
             fail(
                 f"trainable.{name}.cov",
                 got="True, but too few steps tell about it",
                 expected="a posterior that is proper",
                 remedy=f"Give it a prior, `Priors({name}=RegressionPrior(degrees=..., scale=...))`, or freeze it.",
             )
+
+
+@jax.jit
+def _are_proper(params: ParamsLGSSM, trials: Trials, rules: Rules) -> list[Bool[Array, ""]]:
+    zeros = jnp.zeros((trials.num_trials, trials.emissions.shape[1], params.state_dim), params.initial.mean.dtype)
+    shapes = [
+        _gamma_shapes(getattr(params, name), regression, getattr(rules, name))
+        for name, regression in zip(BLOCKS, regressions(zeros, trials), strict=True)
+    ]
+    return [(shape > 0).all() for shape in shapes]
 
 
 def _draw_rows(

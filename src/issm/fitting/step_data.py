@@ -34,10 +34,7 @@ class StepData:
         self.pattern_free = self.free[chosen]
         self.pattern_alive = alive[chosen]
         self.pattern_observed = None if self.observed is None else self.observed[chosen]
-        if trials.pattern is None:
-            self.pattern_count = jnp.full(self.num_patterns, num_trials / self.num_patterns, self.dtype)
-        else:
-            self.pattern_count = jnp.zeros(self.num_patterns, self.dtype).at[trials.pattern].add(1.0)
+        self.pattern_count = trials.in_patterns.astype(self.dtype)
 
 
 def gram(regressors: Array, covs: Array, weights: Array | None, pattern_weights: Array) -> Array:

@@ -29,14 +29,9 @@ from issm._constraints import check_interior
 from issm._linalg import safe_sqrt, symmetrize
 from issm._trees import trainable_masks
 from issm.fitting.result import FIELDS
-from issm.inference.information import (
-    DERIVATIVES_AT_ONCE,
-    along,
-    along_coordinates,
-    free_directions,
-    score_and_information,
-)
+from issm.inference.information import along, along_coordinates, columns_of, free_directions, likelihood_score
 from issm.inference.methods import choose_method, filter_and_smooth
+from issm.inference.moments import Moments
 from issm.interventions import Intervention
 from issm.models.fields import TimeVarying, apply_weights, as_matrix, over_time
 from issm.models.lgssm import ParamsLGSSM
@@ -181,8 +176,7 @@ def _parameter_covariance(
 ) -> ParameterCovariance:
     flat, unravel = ravel_pytree(params)
     at = along(params, directions) if scale == "natural" else along_coordinates(params, directions)
-    score, observed = score_and_information(params, trials, directions, method, at=at)
-    expected = lax.stop_gradient(_predictive_information(at, jnp.zeros_like(score), trials, method))
+    score, observed, expected = _informations(at, jnp.zeros(directions.shape[1], flat.dtype), trials, method)
     finite = jnp.isfinite(expected).all() & jnp.isfinite(observed).all()
     eye = jnp.eye(score.size, dtype=score.dtype)
     basis, unidentified, not_maximal, counts = _identified(*(jnp.where(finite, h, eye) for h in (observed, expected)))
@@ -230,34 +224,34 @@ def _identified(observed: Array, expected: Array) -> tuple[Array, Array, Array, 
     return jnp.where(curved[None], basis, 0.0), unidentified, not_maximal, counts
 
 
-def _predictive_information(
+def _informations(
     at: Callable[[Array], ParamsLGSSM], zero: Float[Array, " num_free"], trials: Trials, method: str
-) -> Float[Array, "num_free num_free"]:
-    """F: first derivatives of the predictions, forwards and then back, a few columns at a time to save memory."""
-    predictions = lambda step: _predictions(at(step), trials, method)  # noqa: E731
-    (_, covs), forwards = jax.linearize(predictions, zero)
-    back = jax.linear_transpose(forwards, zero)
+) -> tuple[Float[Array, " num_free"], Float[Array, "num_free num_free"], Float[Array, "num_free num_free"]]:
+    """The score, H, and F, whose predictions are differentiated forwards and then back: a Jacobian would be large."""
+
+    def score_and_predictions(step: Array) -> tuple[Array, tuple[Array, Array]]:
+        params = at(step)
+        moments = filter_and_smooth(params, trials, method)
+        return likelihood_score(at, step, trials, moments), _predictions(params, trials, moments)
+
+    (score, (_, covs)), forwards = jax.linearize(score_and_predictions, zero)
+    back = jax.linear_transpose(lambda step: forwards(step)[1], zero)
     factors = jnp.linalg.cholesky(covs)
     solve = lambda factor, right: jax.scipy.linalg.cho_solve((factor, True), right)  # noqa: E731
-    num_in_pattern = jax.linear_transpose(trials.spread, factors[:, 0, 0, 0])(jnp.ones(trials.num_trials, zero.dtype))[
-        0
-    ]
+    shares = trials.in_patterns.astype(zero.dtype)[:, None, None, None] / 2
 
-    def column(step: Array) -> Array:
-        means, covs = forwards(step)
-        by_covs = solve(factors, jnp.swapaxes(solve(factors, covs), -1, -2)) / 2
+    def column(step: Array) -> tuple[Array, Array]:
+        of_score, (means, covs) = forwards(step)
+        by_covs = shares * solve(factors, jnp.swapaxes(solve(factors, covs), -1, -2))
         weights = solve(trials.spread(factors), means[..., None])[..., 0]
-        return back((weights, by_covs * num_in_pattern[:, None, None, None]))[0]
+        return of_score, lax.stop_gradient(back((weights, by_covs))[0])
 
-    size = min(zero.size, DERIVATIVES_AT_ONCE)
-    steps = jnp.eye(-(-zero.size // size) * size, zero.size, dtype=zero.dtype)  # filled up with zeros
-    columns = lax.map(jax.vmap(column), steps.reshape(-1, size, zero.size))
-    return symmetrize(columns.reshape(-1, zero.size)[: zero.size])
+    hessian, expected = columns_of(column, zero)
+    return score, -symmetrize(hessian), symmetrize(expected)
 
 
-def _predictions(params: ParamsLGSSM, trials: Trials, method: str) -> tuple[Array, Array]:
+def _predictions(params: ParamsLGSSM, trials: Trials, moments: Moments) -> tuple[Array, Array]:
     r"""$\hat y_t$ by trial and $S_t$ by pattern; a missing entry is a sure zero plus noise of variance one."""
-    moments = filter_and_smooth(params, trials, method)
     num_timesteps = trials.emissions.shape[1]
     weights = over_time(params.emissions.weights, num_timesteps)
     noise = over_time(as_matrix(params.emissions.cov), num_timesteps)

@@ -14,7 +14,9 @@ from issm._check import fail, is_concrete
 from issm._constraints import constrain, unconstrain
 from issm._linalg import symmetrize
 from issm._trees import apply_mask, trainable_masks
-from issm.inference.likelihood import log_likelihoods
+from issm.inference.likelihood import likelihood_tangent
+from issm.inference.methods import filter_and_smooth
+from issm.inference.moments import Moments
 from issm.models.fields import TimeVarying, is_diagonal
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.trials import Trials
@@ -76,24 +78,38 @@ def along_coordinates(
     return lambda step: apply_mask(masks, constrain(unravel(start + directions @ step)), params)
 
 
-def score_and_information(
-    params: ParamsLGSSM,
+def likelihood_score(
+    at: Callable[[Float[Array, " num_free"]], ParamsLGSSM],
+    step: Float[Array, " num_free"],
     trials: Trials,
-    directions: Float[Array, "num_parameters num_free"],
-    method: str,
-    *,
-    at: Callable[[Float[Array, " num_free"]], ParamsLGSSM] | None = None,
-) -> tuple[Float[Array, " num_free"], Float[Array, "num_free num_free"]]:
-    """The score of the log-likelihood and minus its Hessian, by forward mode through the score.
+    moments: Moments,
+) -> Float[Array, " num_free"]:
+    """The score of the log-likelihood of all trials in the steps that lead to the parameters, given the moments there."""
+    params = at(step)
 
-    `at` gives the parameters some steps away, if these are not steps along the directions.
-    """
-    move = along(params, directions) if at is None else at
-    score = jax.grad(lambda step: log_likelihoods(move(step), trials, method).sum())
-    num_free = directions.shape[1]
-    zero = jnp.zeros(num_free, directions.dtype)
-    column = lambda direction: jax.jvp(score, (zero,), (direction,))  # noqa: E731
-    size = min(num_free, DERIVATIVES_AT_ONCE)
-    steps = jnp.eye(-(-num_free // size) * size, num_free, dtype=zero.dtype)  # filled up with zeros
-    value, columns = lax.map(jax.vmap(column, out_axes=(None, 0)), steps.reshape(-1, size, num_free))
-    return value[0], -symmetrize(columns.reshape(-1, num_free)[:num_free])
+    def along_step(change: Array) -> Array:
+        return likelihood_tangent(params, trials, moments, jax.jvp(at, (step,), (change,))[1]).sum()
+
+    return jax.linear_transpose(along_step, step)(jnp.ones((), step.dtype))[0]
+
+
+def information_of(
+    params: ParamsLGSSM, trials: Trials, directions: Float[Array, "num_parameters num_free"], method: str
+) -> tuple[Float[Array, "num_free num_free"], Moments]:
+    """Minus the Hessian of the log-likelihood along the directions, by forward mode through the score, and the moments on the way."""
+    at, zero = along(params, directions), jnp.zeros(directions.shape[1], directions.dtype)
+
+    def score(step: Array) -> tuple[Array, Moments]:
+        moments = filter_and_smooth(at(step), trials, method)
+        return likelihood_score(at, step, trials, moments), moments
+
+    _, forwards, moments = jax.linearize(score, zero, has_aux=True)
+    return -symmetrize(columns_of(forwards, zero)), moments
+
+
+def columns_of(forwards: Callable[[Array], Any], zero: Float[Array, " num_free"]) -> Any:
+    """What a linear map makes of each free number, in the leading axis; a few at a time, to save memory."""
+    size = min(zero.size, DERIVATIVES_AT_ONCE)
+    steps = jnp.eye(-(-zero.size // size) * size, zero.size, dtype=zero.dtype)  # filled up with zeros
+    columns = lax.map(jax.vmap(forwards), steps.reshape(-1, size, zero.size))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: zero.size], columns)

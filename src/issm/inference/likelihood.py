@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jaxtyping import Array, Float
 
 from issm.inference.emission_score import emission_score, is_score_of
@@ -47,13 +47,23 @@ def _log_likelihoods_jvp(method: str, primals: tuple[ParamsLGSSM, Trials], tange
     params, trials = primals
     in_total = replace(trials, by_step=False)  # the squares that the score needs say the likelihood of a trial as well
     moments = filter_and_smooth(params, in_total, method)
-    tangent = _transition_tangent(params, trials, moments, tangents) + _emission_tangent(
-        params, trials, moments, tangents
-    )
-    return moments.logliks.sum(axis=1), tangent
+    return moments.logliks.sum(axis=1), _tangent(params, trials, moments, tangents)
 
 
 _log_likelihoods.defjvp(_log_likelihoods_jvp, symbolic_zeros=True)
+
+
+def likelihood_tangent(
+    params: ParamsLGSSM, trials: Trials, moments: Moments, tangent: ParamsLGSSM
+) -> Float[Array, " num_trials"]:
+    """The derivative of the log-likelihoods along a tangent of the parameters, given the moments at these parameters."""
+    fixed = jax.tree.map(partial(zero_from_primal, symbolic_zeros=True), trials)
+    return _tangent(params, trials, moments, (tangent, fixed))
+
+
+def _tangent(params: ParamsLGSSM, trials: Trials, moments: Moments, tangents: tuple) -> Array:
+    of_transitions = _transition_tangent(params, trials, moments, tangents)
+    return of_transitions + _emission_tangent(params, trials, moments, tangents)
 
 
 def _transition_tangent(params: ParamsLGSSM, trials: Trials, moments: Moments, tangents: tuple) -> Array:

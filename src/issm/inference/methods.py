@@ -114,8 +114,8 @@ def moments_by_method(params: ParamsLGSSM, trials: Trials, method: str) -> Momen
 
 @moments_by_method.defjvp
 def _moments_by_method_jvp(method: str, primals: tuple, tangents: tuple) -> tuple[Moments, Moments]:
-    _, tangent = jax.jvp(dense_moments, primals, tangents)
-    return moments_by_method(*primals, method), tangent
+    plain, tangent = jax.jvp(dense_moments, primals, tangents)
+    return plain if method == "sequential" else moments_by_method(*primals, method), tangent
 
 
 def _run(params: ParamsLGSSM, trials: Trials, method: str) -> Moments:

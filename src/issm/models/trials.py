@@ -86,6 +86,13 @@ class Trials(eqx.Module):
         return self.representatives.shape[0]
 
     @property
+    def in_patterns(self) -> Int[Array, " num_patterns"]:
+        """How many trials have each pattern."""
+        if self.pattern is None:
+            return jnp.full(self.num_patterns, self.num_trials // self.num_patterns, jnp.int32)
+        return jnp.zeros(self.num_patterns, jnp.int32).at[self.pattern].add(1)
+
+    @property
     def have_own_patterns(self) -> bool:
         """Whether every trial has a pattern of its own."""
         return self.pattern is None and self.num_patterns > 1
