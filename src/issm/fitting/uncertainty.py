@@ -237,17 +237,27 @@ def _informations(
     (score, (_, covs)), forwards = jax.linearize(score_and_predictions, zero)
     back = jax.linear_transpose(lambda step: forwards(step)[1], zero)
     factors = jnp.linalg.cholesky(covs)
-    solve = lambda factor, right: jax.scipy.linalg.cho_solve((factor, True), right)  # noqa: E731
+    eye = jnp.broadcast_to(jnp.eye(covs.shape[-1], dtype=zero.dtype), covs.shape)
+    precisions = jax.scipy.linalg.cho_solve(
+        (factors, True), eye
+    )  # made once: solves for every number would take their time
     shares = trials.in_patterns.astype(zero.dtype)[:, None, None, None] / 2
 
     def column(step: Array) -> tuple[Array, Array]:
         of_score, (means, covs) = forwards(step)
-        by_covs = shares * solve(factors, jnp.swapaxes(solve(factors, covs), -1, -2))
-        weights = solve(trials.spread(factors), means[..., None])[..., 0]
-        return of_score, lax.stop_gradient(back((weights, by_covs))[0])
+        weights = (_by_trial(precisions, means, trials), shares * (precisions @ covs @ precisions))
+        return of_score, lax.stop_gradient(back(weights)[0])
 
     hessian, expected = columns_of(column, zero)
     return score, -symmetrize(hessian), symmetrize(expected)
+
+
+def _by_trial(matrices: Array, vectors: Array, trials: Trials) -> Array:
+    """The vectors of every trial times the matrices of its pattern, of which there is no copy for every trial."""
+    if trials.pattern is None:
+        return (matrices @ vectors[..., None])[..., 0]
+    one = lambda at: jnp.einsum("tnm,tm->tn", lax.dynamic_index_in_dim(matrices, at[0], keepdims=False), at[1])  # noqa: E731
+    return lax.map(one, (trials.pattern, vectors))
 
 
 def _predictions(params: ParamsLGSSM, trials: Trials, moments: Moments) -> tuple[Array, Array]:
