@@ -1,9 +1,12 @@
-"""Boolean masks over pytrees: which entries of the parameters a fitter may change."""
+"""One of two pytrees, as a whole or entry by entry: by Boolean masks, which entries of the parameters a fitter may change."""
 
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from issm._check import fail, is_concrete
 
@@ -52,7 +55,18 @@ def trainable_masks(
 
 def apply_mask(masks: Any, new: Any, old: Any) -> Any:
     """The entries of `new` where the mask is true, of `old` elsewhere."""
-    return jax.tree.map(lambda mask, a, b: jax.numpy.where(mask, a, b), masks, new, old)
+    return jax.tree.map(lambda mask, a, b: jnp.where(mask, a, b), masks, new, old)
+
+
+def choose(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """One of two pytrees, in the dtypes of the second, which also gives what is no array."""
+
+    def one(new: Any, old: Any) -> Any:
+        if not eqx.is_array(old):
+            return old
+        return jnp.where(condition, new if new.dtype == old.dtype else new.astype(old.dtype), old)
+
+    return jax.tree.map(one, new, old)
 
 
 def all_true(mask: Any) -> bool:
@@ -110,8 +124,4 @@ class _Spread:
                 expected=f"one Boolean, or the shape {tuple(node.shape)} of the field",
                 remedy="Give one Boolean for each entry.",
             )
-        return (
-            np.broadcast_to(flag, node.shape)
-            if isinstance(flag, np.ndarray)
-            else jax.numpy.broadcast_to(flag, node.shape)
-        )
+        return np.broadcast_to(flag, node.shape) if isinstance(flag, np.ndarray) else jnp.broadcast_to(flag, node.shape)

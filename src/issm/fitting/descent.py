@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from issm._check import is_concrete
 from issm._compile import QUICKER, jit_quickly
 from issm._constraints import constrain, unconstrain
-from issm._trees import apply_mask
+from issm._trees import apply_mask, choose
 from issm._types import PRNGKey
 from issm.fitting.batches import Data, Likelihood, UserLoss, shuffle, take
 from issm.fitting.line_search import start_lbfgs
@@ -158,7 +158,7 @@ def _try_length(state: State, problem: Problem, method: Method) -> State:
     at_trial = eqx.tree_at(lambda s: s.point, state, trial)
     moved = _judge(at_trial, problem, method, (trial, memory, code, broken), loss)
     stayed = eqx.tree_at(lambda s: s.memory, state, memory)
-    return jax.tree.map(lambda a, b: jnp.where(taken, a, b), moved, stayed)
+    return choose(taken, moved, stayed)
 
 
 def _epoch(state: State, problem: Problem, method: Method) -> State:
@@ -201,11 +201,10 @@ def _judge(state: State, problem: Problem, method: Method, after: tuple, loss: A
     ]
     code = jnp.select([c for c, _ in ended], [jnp.int32(v) for _, v in ended], code)
     goes_on = code == Code.RUNNING
-    keep = lambda flag, new, old: jax.tree.map(lambda a, b: jnp.where(flag, a, b), new, old)  # noqa: E731
     return State(
-        point=keep(goes_on, point, state.point),
-        memory=keep(goes_on, memory, state.memory),
-        best=keep(better, state.point, state.best),
+        point=choose(goes_on, point, state.point),
+        memory=choose(goes_on, memory, state.memory),
+        best=choose(better, state.point, state.best),
         best_loss=jnp.where(better, judged, state.best_loss),
         best_epoch=jnp.where(better, state.epoch, state.best_epoch),
         improved_loss=jnp.where(improved, judged, state.improved_loss),
@@ -243,9 +242,8 @@ def _step(
     first = (now != code) & (now != Code.LOSS_NOT_FINITE)
     broken = jnp.where(first, jnp.where(by_gradient >= 0, by_gradient, by_update), broken)
     moves = learns & (now == Code.RUNNING)
-    like = lambda a, b: a if a.dtype == b.dtype else a.astype(b.dtype)  # noqa: E731
-    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(moves, like(a, b), b), new, old)  # noqa: E731
-    return (keep(new, point), keep(new_memory, memory), now, broken), jnp.asarray(loss, problem.tol.dtype)
+    point, memory = choose(moves, (new, new_memory), (point, memory))
+    return (point, memory, now, broken), jnp.asarray(loss, problem.tol.dtype)
 
 
 def _parameters(point: Any, problem: Problem, method: Method) -> Any:
@@ -297,7 +295,7 @@ def finish(state: State, problem: Problem, method: Method) -> SGDResult:
     places = jnp.minimum(jnp.arange(state.losses.shape[0], dtype=jnp.int32), state.epoch)
     paths, _ = jax.tree_util.tree_flatten_with_path(problem.start)
     params = apply_mask(problem.masks, constrain(_leave(state.best, problem, method)), problem.start)
-    params = jax.tree.map(lambda new, old: jnp.where(state.best_epoch > 0, new, old), params, problem.start)
+    params = choose(state.best_epoch > 0, params, problem.start)
     watched = None
     if problem.watched is not None:
         watched = -state.watched_losses[places] * _nats(problem.watched_loss)

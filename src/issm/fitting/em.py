@@ -4,13 +4,13 @@ from functools import partial
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from issm._check import fail, is_concrete
 from issm._compile import jit_quickly
+from issm._trees import choose
 from issm.fitting.centering import (
     count_observed,
     shift_bias,
@@ -139,7 +139,7 @@ def _finish(state: EMState, problem: Problem, center: Array, start: ParamsLGSSM,
     elif moves is not None:
         bias = jnp.where(moves[:, -1], bias, before)
     params = eqx.tree_at(lambda p: p.emissions.bias, params, bias)
-    params = jax.tree.map(lambda new, old: jnp.where(state.num_updates > 0, new, old), params, start)
+    params = choose(state.num_updates > 0, params, start)
     return FitResult(
         params=params,
         log_probs=state.log_probs[places],

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import is_concrete
 from issm._compile import QUICKER, jit_quickly
+from issm._trees import choose
 from issm.fitting.centering import (
     mean_of_observed,
     shift_bias,
@@ -22,7 +23,7 @@ from issm.fitting.m_step import Rules, log_prior, m_step
 from issm.fitting.mask_patterns import Patterns
 from issm.fitting.priors import ResolvedPrior
 from issm.fitting.progress import ProgressBar
-from issm.fitting.quasi_newton import SUFFICIENT, Search, choose, look_around, propose, shorten, start_search
+from issm.fitting.quasi_newton import SUFFICIENT, Search, look_around, propose, shorten, start_search
 from issm.fitting.regression import never_free
 from issm.fitting.result import Code, first_broken_field
 from issm.fitting.statistics import SufficientStatistics, expected_statistics

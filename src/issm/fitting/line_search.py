@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from issm._trees import choose
+
 SUFFICIENT = 1e-4  # share of the fall promised by the slope that a step has to bring
 CURVATURE = 0.9  # share of the slope that may be left
 MOST_TRIALS = 20  # lengths of one direction
@@ -85,7 +87,7 @@ class LBFGS(eqx.Module):
         taken, lengths = self.lengths.weigh(value, self.direction @ gradient)
         fresh = memory_of_steps.init(trial)
         stuck = (self.lengths.tried == MOST_TRIALS) & (self.lengths.length == 0)
-        memory = _choose(stuck, fresh, self.memory)
+        memory = choose(stuck, fresh, self.memory)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # which optax relies on
             preconditioned, memory = memory_of_steps.update(gradient, memory, trial)
         step = jnp.asarray(preconditioned)
@@ -93,8 +95,8 @@ class LBFGS(eqx.Module):
         steepest = gradient / jnp.maximum(1.0, jnp.linalg.norm(gradient))
         descends = (slope < 0) & jnp.isfinite(step).all()
         direction = -jnp.where(descends, step, steepest)
-        turned = LBFGS(direction, _lengths(value, direction @ gradient), _choose(descends, memory, fresh))
-        return taken, _choose(taken, turned, LBFGS(self.direction, lengths, self.memory))
+        turned = LBFGS(direction, _lengths(value, direction @ gradient), choose(descends, memory, fresh))
+        return taken, choose(taken, turned, LBFGS(self.direction, lengths, self.memory))
 
 
 def start_lbfgs(point: Float[Array, " coordinates"]) -> LBFGS:
@@ -109,8 +111,3 @@ def start_lbfgs(point: Float[Array, " coordinates"]) -> LBFGS:
 def _lengths(value: Array, slope: Array) -> Lengths:
     one = jnp.ones((), value.dtype)
     return Lengths(value, slope, one, 0 * one, jnp.inf * one, jnp.zeros((), jnp.int32))
-
-
-def _choose(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
-    """One of two pytrees, in the precision of the second."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a.astype(b.dtype), b), new, old)

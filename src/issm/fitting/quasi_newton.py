@@ -5,7 +5,6 @@ the states hide. Differences of the score along the way tell by how much.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from issm._trees import choose
 from issm.fitting.gauge import Clamps, GaugeStep, count_clamps, follow, has_gauge
 from issm.fitting.m_step import Rules
 from issm.fitting.score import Preconditioner, from_coordinates, keep_frozen, log_variances, score, to_coordinates
@@ -173,11 +173,6 @@ def propose(
         trial = at(search.point + step)
     search = eqx.tree_at(lambda s: s.length, search, length)
     return search, choose(length > 0, trial, search.update)
-
-
-def choose(condition: Bool[Array, ""], a: Any, b: Any) -> Any:
-    """One of two pytrees."""
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
 def _remember(memory: Memory, move: Array, change: Array, known: Array) -> Memory:

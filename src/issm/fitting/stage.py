@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import is_concrete
 from issm._linalg import safe_sqrt
+from issm._trees import choose
 from issm._types import PRNGKey
 from issm.fitting.progress import ProgressBar
 from issm.fitting.ssm_result import Code
@@ -158,9 +159,6 @@ def _advance(loop: Loop, step: Step, data: Data, rules: Rules, last: int) -> Loo
         (~whole, Code.UPDATE_NOT_FINITE),
     ]
     code = jnp.select([condition for condition, _ in ended], [jnp.int32(c) for _, c in ended], jnp.int32(Code.RUNNING))
-    choose = lambda condition, a, b: jax.tree.map(  # noqa: E731
-        lambda x, y: jnp.where(condition, x, y) if eqx.is_array(x) else y, a, b
-    )
     goes_on = code == Code.RUNNING
     good = choose(finite, loop.params, loop.good)
     return Loop(
