@@ -1,5 +1,8 @@
 """Options of the compiler: those that XLA knows and the user has not set."""
 
+import runpy
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 
@@ -24,3 +27,10 @@ def test_a_program_of_its_own_and_one_within_another():
     inside = jax.jit(lambda x: double(x) + 1)
     for call, expected in ((double, 6.0), (inside, 7.0), (jax.grad(double), 2.0)):
         assert call(jnp.float64(3.0)) == expected
+
+
+def test_the_benchmark_of_first_calls_measures_two_calls(capsys):
+    path = Path(__file__).parents[1] / "benchmarks" / "first_calls.py"
+    runpy.run_path(str(path))["measure"]("marginal_log_prob", "float64")
+    first, second = map(float, capsys.readouterr().out.split())
+    assert min(first, second) > 0
