@@ -238,9 +238,7 @@ def _informations(
     back = jax.linear_transpose(lambda step: forwards(step)[1], zero)
     factors = jnp.linalg.cholesky(covs)
     eye = jnp.broadcast_to(jnp.eye(covs.shape[-1], dtype=zero.dtype), covs.shape)
-    precisions = jax.scipy.linalg.cho_solve(
-        (factors, True), eye
-    )  # made once: solves for every number would take their time
+    precisions = jax.scipy.linalg.cho_solve((factors, True), eye)  # once: a solve for every column would take longer
     shares = trials.in_patterns.astype(zero.dtype)[:, None, None, None] / 2
 
     def column(step: Array) -> tuple[Array, Array]:

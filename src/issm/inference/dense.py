@@ -28,15 +28,21 @@ COVARIANCES = ("filtered_covs", "predicted_covs", "informations", "smoothed_covs
 def dense_moments(params: ParamsLGSSM, trials: Trials) -> Moments:
     """Filter and smooth every trial."""
 
-    def one(emissions: Array, inputs: Array, intervention: Intervention) -> Moments:
+    def one(emissions: Array, inputs: Array, intervention: Intervention) -> tuple[dict[str, Array], dict[str, Array]]:
         transitions = lgssm_transitions(params, inputs, intervention)
-        return sequence_moments(transitions, whiten(params, emissions, inputs, may_miss=trials.may_miss))
+        moments = vars(sequence_moments(transitions, whiten(params, emissions, inputs, may_miss=trials.may_miss)))
+        covs = {name: moments[name] for name in COVARIANCES}
+        return {name: moments[name] for name in moments if name not in covs}, covs
 
-    moments = trials.map(one)
-    if trials.one_sequence:
-        return jax.tree.map(lambda leaf: leaf[None], moments)
-    where = lambda m: [getattr(m, name) for name in COVARIANCES]  # noqa: E731
-    return eqx.tree_at(where, moments, [cov[trials.representatives] for cov in where(moments)])
+    # Where all trials share them by construction, no trial has covariances, or derivatives of them, of its own.
+    plan = trials.plan
+    shared = not trials.may_miss and plan.intervention.mask.ndim == 2
+    over_trials = jax.vmap(
+        one, in_axes=(0, plan.axes.inputs, plan.axes.intervention), out_axes=(0, None if shared else 0)
+    )
+    by_trial, covs = over_trials(trials.emissions, plan.inputs, plan.intervention)
+    chosen = (lambda cov: cov[None]) if shared else (lambda cov: cov[trials.representatives])
+    return Moments(**by_trial, **jax.tree.map(chosen, covs))
 
 
 def sequence_moments(transitions: Transitions, whitened: WhitenedEmissions) -> Moments:
@@ -153,9 +159,9 @@ def _update_with_rows(mean: Array, cov: Array, rows: Rows) -> FilterPass:
     weights = rows.weights
     cov_weights = cov @ weights.T
     factor = jnp.linalg.cholesky(symmetrize(weights @ cov_weights) + jnp.eye(weights.shape[0], dtype=cov.dtype))
-    solved = jax.scipy.linalg.cho_solve((factor, True), jnp.column_stack([weights, rows.values - weights @ mean]))
-    information, score = symmetrize(weights.T @ solved[:, :-1]), weights.T @ solved[:, -1]
-    gain = cov @ solved[:, :-1].T
+    solved = jax.scipy.linalg.cho_solve((factor, True), weights)
+    information, score = symmetrize(weights.T @ solved), solved.T @ (rows.values - weights @ mean)
+    gain = cov @ solved.T
     retained = jnp.eye(cov.shape[0], dtype=cov.dtype) - gain @ weights
     return FilterPass(
         means=mean + cov @ score,
