@@ -1,5 +1,6 @@
 """Restarts of a fit, in one batch: a likelihood with several maxima shows itself by where they end."""
 
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -9,13 +10,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from issm._check import check_key, fail
+from issm._compile import jit_quickly
 from issm._types import PRNGKey
-from issm.fitting.em import fit_em
+from issm.fitting.em import check_stopping, pose, solve
+from issm.fitting.em_loop import Problem
 from issm.fitting.initialize import Initialization, initialize_lgssm
+from issm.fitting.m_step import make_rules
 from issm.fitting.result import FitResult
 from issm.fitting.starts import RADIUS
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM
+from issm.models.trials import as_trials
 
 SAME = 1.0  # nats within which two fits count as the same maximum
 
@@ -115,13 +120,14 @@ def multi_start(
         fail("num_starts", got=repr(num_starts), expected="an integer of at least 1", remedy="One is the start alone.")
     if not (isinstance(scale, (int, float)) and not isinstance(scale, bool) and 0 <= scale < np.inf):
         fail("scale", got=repr(scale), expected="a number of at least zero", remedy="Zero repeats the start.")
+    check_stopping(num_iters, tol)
     key_start, key_others = jax.random.split(key)
     start = initialize_lgssm(key_start, emissions, state_dim, inputs=inputs, interventions=interventions)
     others = [_neighbour(one, start.params, scale) for one in jax.random.split(key_others, num_starts - 1)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), start.params, *others)
-    fits = jax.vmap(
-        lambda params: fit_em(params, emissions, inputs, interventions=interventions, num_iters=num_iters, tol=tol)
-    )(stacked)
+    trials = as_trials(start.params, emissions, inputs, interventions)
+    problem = pose(start.params, trials, make_rules(start.params, None, None), num_iters, tol)
+    fits = _fit_each(stacked, problem, num_iters)
     log_probs = fits.log_probs[:, -1]
     best = int(jnp.argmax(jnp.where(jnp.isfinite(log_probs), log_probs, -jnp.inf)))
     fit = jax.tree.map(lambda leaf: leaf[best], fits)
@@ -132,6 +138,11 @@ def multi_start(
         (fit.log_probs[: count + 1], fit.log_priors[: count + 1], count, bool(fit.converged)),
     )
     return MultiStart(fit, log_probs, fits.num_iters, start)
+
+
+@partial(jit_quickly, static_argnames="num_iters")
+def _fit_each(starts: ParamsLGSSM, problem: Problem, num_iters: int) -> FitResult:
+    return jax.vmap(lambda params: solve(params, problem, num_iters))(starts)
 
 
 def _neighbour(key: PRNGKey, params: ParamsLGSSM, scale: float) -> ParamsLGSSM:
