@@ -8,6 +8,7 @@ import pytest
 
 import issm
 from issm.fitting import bootstrap as module
+from issm.inference import methods
 
 TRUTH = issm.make_lgssm_params(0.0, 1.0, 0.8, 1.0, 1.0, 1e-4)
 WEIGHT = eqx.tree_at(lambda p: p.dynamics.weights, jax.tree.map(lambda _: False, TRUTH), True)
@@ -82,8 +83,9 @@ def test_new_data_keep_the_design():
 
 
 @pytest.mark.parametrize("kind", ["parametric", "trials"])
-def test_refits_are_fits_to_the_new_data(kind):
+def test_refits_are_fits_to_the_new_data(kind, monkeypatch):
     """Trials that share clamps and missing entries do so in the refits: `fit_em`, which looks for itself, finds the same."""
+    monkeypatch.setattr(methods, "FEWEST_UNROLLED_STEPS", 0)  # the kernel that shares covariances by pattern
     params = issm.make_lgssm_params(
         [0.5, 0.0], [1.0, 1.0], [[0.9, 0.0], [0.3, 0.8]], [[0.2, 0.05], [0.05, 0.2]], np.eye(2), [0.2, 0.2]
     )
@@ -112,6 +114,8 @@ def test_bad_input(emissions, parametric):
         ({"kind": "block"}, "kind: got 'block'"),
         ({"num_samples": 1}, "num_samples: got 1"),
         ({"num_at_once": 0}, "num_at_once: got 0"),
+        ({"num_iters": 0}, "num_iters: got 0"),
+        ({"tol": -1.0}, "tol: got -1.0"),
     ):
         with pytest.raises(ValueError, match=message):
             issm.bootstrap(jax.random.key(0), TRUTH, emissions, **options)

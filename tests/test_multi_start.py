@@ -41,7 +41,12 @@ def test_keeps_the_best_of_all_starts():
 
 @pytest.mark.parametrize(
     ("options", "argument"),
-    [(dict(num_starts=0), "num_starts"), (dict(num_starts=True), "num_starts"), (dict(scale=-1.0), "scale")],
+    [
+        (dict(num_starts=0), "num_starts"),
+        (dict(num_starts=True), "num_starts"),
+        (dict(scale=-1.0), "scale"),
+        (dict(num_iters=0), "num_iters"),
+    ],
 )
 def test_bad_calls_name_the_argument(options, argument):
     with pytest.raises(ValueError, match=f"^{argument}: got"):

@@ -8,12 +8,16 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import issm
+from issm.fitting import uncertainty
+from issm.inference.information import along, free_directions
+from issm.models.fields import as_matrix
+from issm.models.trials import as_trials
 
 
 def log_density(params, emissions, mask, value):
     """The log density of trials that share clamps and missing entries, each one Gaussian vector, NaN left out."""
     p = jax.tree.map(np.asarray, params)
-    as_matrix = lambda cov: np.diag(cov) if cov.ndim == 1 else cov  # noqa: E731
+    full = lambda cov: np.diag(cov) if cov.ndim == 1 else cov  # noqa: E731
     num_timesteps, d = mask.shape
     onward, noise = np.zeros((2, num_timesteps, d, num_timesteps, d))
     shift = np.zeros((num_timesteps, d))
@@ -21,7 +25,7 @@ def log_density(params, emissions, mask, value):
         free = ~mask[t]
         own = p.initial.mean if t == 0 else p.dynamics.bias
         shift[t] = np.where(free, own, value[t])
-        noise[t, :, t] = as_matrix(p.initial.cov if t == 0 else p.dynamics.cov) * np.outer(free, free)
+        noise[t, :, t] = full(p.initial.cov if t == 0 else p.dynamics.cov) * np.outer(free, free)
         if t:
             onward[t, :, t - 1] = p.dynamics.weights * free[:, None]
     size = num_timesteps * d
@@ -29,7 +33,7 @@ def log_density(params, emissions, mask, value):
     loadings = np.kron(np.eye(num_timesteps), p.emissions.weights)
     mean = loadings @ solve @ shift.ravel() + np.tile(p.emissions.bias, num_timesteps)
     cov = loadings @ solve @ noise.reshape(size, size) @ solve.T @ loadings.T
-    cov = cov + np.kron(np.eye(num_timesteps), as_matrix(p.emissions.cov))
+    cov = cov + np.kron(np.eye(num_timesteps), full(p.emissions.cov))
     flat = emissions.reshape(len(emissions), -1)
     seen = ~np.isnan(flat[0])
     residuals, cov = (flat - mean)[:, seen], cov[np.ix_(seen, seen)]
@@ -125,6 +129,42 @@ def test_inverse_of_second_differences_with_clamps_missing_entries_and_a_full_co
 
     effect = issm.causal_effect(TWO_STATES, PLAN, parameters=result.covariance)
     assert bool((effect.per_step.parameter.sd[4:] > 0).all())
+
+
+def test_information_of_the_predictions_where_some_trials_share_a_pattern():
+    """F by differences of the one-step predictions, trial by trial."""
+    emissions = draw(TWO_STATES, NUM_TIMESTEPS, PLAN, 3)
+    emissions[1, 3, 1] = emissions[1, 5] = np.nan
+    trials = as_trials(TWO_STATES, emissions, None, PLAN)
+    assert trials.num_patterns == 2
+    assert trials.pattern is not None
+    directions = free_directions(TWO_STATES, only(TWO_STATES, weights))
+    at = along(TWO_STATES, directions)
+    step = 1e-5 * np.eye(directions.shape[1])
+
+    def predictions(params, emissions):
+        found = issm.lgssm_filter(params, emissions, interventions=PLAN)
+        readout = np.asarray(params.emissions.weights)
+        noise = np.asarray(as_matrix(params.emissions.cov))
+        means = np.asarray(found.predicted_means) @ readout.T + np.asarray(params.emissions.bias)
+        return means, readout @ np.asarray(found.predicted_covariances) @ readout.T + noise
+
+    expected = np.zeros(step.shape)
+    for y in emissions:
+        _, covs = predictions(TWO_STATES, y)
+        either = [[predictions(at(sign * h), y) for sign in (1, -1)] for h in step]
+        slopes = [[(up - down) / 2e-5 for up, down in zip(*pair, strict=True)] for pair in either]
+        for t in range(NUM_TIMESTEPS):
+            seen = ~np.isnan(y[t])
+            if not seen.any():
+                continue
+            inverse = np.linalg.inv(covs[t][np.ix_(seen, seen)])
+            of_means = [mean[t][seen] for mean, _ in slopes]
+            of_covs = [inverse @ cov[t][np.ix_(seen, seen)] for _, cov in slopes]
+            expected += np.array([[a @ inverse @ b for b in of_means] for a in of_means])
+            expected += np.array([[np.trace(a @ b) / 2 for b in of_covs] for a in of_covs])
+    _, _, found = uncertainty._informations(at, jnp.zeros(len(step)), trials, "sequential")
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
 
 def one_state(weight=0.8, process=1.0, noise=1.0):

@@ -140,6 +140,7 @@ def bootstrap(
     """
     check_key(key)
     _check_options(kind, num_samples, num_at_once)
+    check_stopping(num_iters, tol)
     trials = as_trials(params, emissions, inputs, interventions)
     if kind == "trials" and trials.num_trials < 2:
         fail(
@@ -155,12 +156,11 @@ def bootstrap(
             expected="known ones",
             remedy="Call it outside of `jit` and `vmap`: its refits are compiled and batched already.",
         )
-    check_stopping(num_iters, tol)
     problem = pose(params, trials, make_rules(params, trainable, priors), num_iters, tol)
     return _refit(key, params, problem, kind, num_samples, num_iters, num_at_once)
 
 
-@partial(jit_quickly, jit=eqx.filter_jit)
+@partial(jit_quickly, static_argnames=("kind", "num_samples", "num_iters", "num_at_once"))
 def _refit(
     key: PRNGKey,
     params: ParamsLGSSM,

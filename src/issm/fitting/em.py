@@ -96,7 +96,7 @@ def fit_em(
     _check_flags(accelerate, progress)
     trials = as_trials(params, emissions, inputs, interventions)
     problem = pose(params, trials, make_rules(params, trainable, priors), num_iters, tol)
-    return _result(solve(params, problem, num_iters, accelerate=accelerate, progress=progress))
+    return trim(solve(params, problem, num_iters, accelerate=accelerate, progress=progress))
 
 
 def improve(params: ParamsLGSSM, trials: Trials, num_iters: int, tol: float = 0.0) -> FitResult:
@@ -153,7 +153,7 @@ def _finish(state: EMState, problem: Problem, center: Array, start: ParamsLGSSM,
     )
 
 
-def _result(fit: FitResult) -> FitResult:
+def trim(fit: FitResult) -> FitResult:
     """Trim the logs where their length is known."""
     if not is_concrete(fit.num_iters):
         return fit

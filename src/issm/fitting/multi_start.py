@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from issm._check import check_key, fail
 from issm._compile import jit_quickly
 from issm._types import PRNGKey
-from issm.fitting.em import check_stopping, pose, solve
+from issm.fitting.em import check_stopping, pose, solve, trim
 from issm.fitting.em_loop import Problem
 from issm.fitting.initialize import Initialization, initialize_lgssm
 from issm.fitting.m_step import make_rules
@@ -130,13 +130,7 @@ def multi_start(
     fits = _fit_each(stacked, problem, num_iters)
     log_probs = fits.log_probs[:, -1]
     best = int(jnp.argmax(jnp.where(jnp.isfinite(log_probs), log_probs, -jnp.inf)))
-    fit = jax.tree.map(lambda leaf: leaf[best], fits)
-    count = int(fit.num_iters)
-    fit = eqx.tree_at(
-        lambda f: (f.log_probs, f.log_priors, f.num_iters, f.converged),
-        fit,
-        (fit.log_probs[: count + 1], fit.log_priors[: count + 1], count, bool(fit.converged)),
-    )
+    fit = trim(jax.tree.map(lambda leaf: leaf[best], fits))
     return MultiStart(fit, log_probs, fits.num_iters, start)
 
 
