@@ -9,15 +9,11 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+
+from issm._host import is_concrete, to_device
 
 ASYMMETRY_TOLERANCE = 1e-5
 INDEFINITENESS_TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
-
-
-def is_concrete(value: Any) -> bool:
-    """Whether the values of an array can be looked at, which they cannot while JAX traces."""
-    return not isinstance(value, Tracer)
 
 
 def fail(argument: str, *, got: str, expected: str, remedy: str) -> NoReturn:
@@ -45,6 +41,11 @@ def as_float_array(argument: str, value: Any, dtype: Any = None) -> jax.Array:
 
     A string, an object or a complex number is refused, a ragged list too. Without a `dtype`, floats keep theirs.
     """
+    return to_device(as_floats(argument, value, dtype))
+
+
+def as_floats(argument: str, value: Any, dtype: Any = None) -> jax.Array | np.ndarray:
+    """The same, where it lies: what is not on a device yet stays on the host."""
     array = as_array(argument, value)
     if isinstance(array, jax.Array) and array.dtype == dtype and jnp.issubdtype(dtype, jnp.floating):
         return array
@@ -56,8 +57,9 @@ def as_float_array(argument: str, value: Any, dtype: Any = None) -> jax.Array:
             remedy="Convert it, e.g. with `np.asarray(x, dtype=float)`.",
         )
     if dtype is None and not jnp.issubdtype(array.dtype, jnp.floating):
-        dtype = jnp.result_type(float)
-    return jnp.asarray(array, dtype=dtype)
+        dtype = float
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype if dtype is None else dtype)
+    return array if array.dtype == dtype else array.astype(dtype)
 
 
 def common_float_dtype(*values: Any) -> Any:
@@ -109,6 +111,20 @@ def check_finite(argument: str, array: Any) -> None:
             got=f"{count} entries that are NaN or infinite",
             expected="finite numbers",
             remedy="Replace or remove them.",
+        )
+
+
+def check_level(level: Any) -> None:
+    """Refuse a level that is no probability strictly between 0 and 1."""
+    if not is_concrete(level):
+        return
+    number = np.asarray(level)
+    if number.ndim != 0 or number.dtype.kind not in "iuf" or not 0 < float(number) < 1:
+        fail(
+            "level",
+            got=repr(level),
+            expected="a number above 0 and below 1",
+            remedy="Pass 0.95 for a 95 % interval.",
         )
 
 

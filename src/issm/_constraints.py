@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from issm._check import fail, is_concrete
+from issm._check import fail
+from issm._host import is_concrete
 
 POSITIVE = ("cov", "concentration")
 """Names of fields with positive numbers; `cov` with two axes is a positive definite matrix."""

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from issm._check import is_concrete
+from issm._host import is_concrete
 
 R = TypeVar("R")
 

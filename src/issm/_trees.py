@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from issm._check import fail, is_concrete
+from issm._check import fail
+from issm._host import is_concrete
 
 
 def trainable_masks(

@@ -9,11 +9,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from issm._check import as_array, as_float_array, check_finite, common_float_dtype, fail, is_concrete
+from issm._check import as_array, as_floats, check_finite, common_float_dtype, fail
+from issm._host import is_concrete, on_host, to_device
 
 
 class Intervention(eqx.Module):
@@ -56,23 +56,24 @@ class Intervention(eqx.Module):
                 expected="(num_timesteps, state_dim) or (num_trials, num_timesteps, state_dim)",
                 remedy="Give every step and every state an entry; `do` builds a mask from a state index and a window.",
             )
-        value = as_float_array("value", value)
-        if jnp.ndim(value) and value.shape != mask.shape:
+        value = as_floats("value", value)
+        if value.ndim and value.shape != mask.shape:
             fail(
                 "value",
                 got=f"shape {tuple(value.shape)}",
                 expected=f"the mask's shape {tuple(mask.shape)}, or one number",
                 remedy="Values under a false mask are ignored: pass any number there.",
             )
-        variance = as_float_array("variance", variance, value.dtype)
-        if jnp.ndim(variance) and variance.shape != mask.shape:
+        variance = as_floats("variance", variance, value.dtype)
+        if variance.ndim and variance.shape != mask.shape:
             fail(
                 "variance",
                 got=f"shape {tuple(variance.shape)}",
                 expected=f"the mask's shape {tuple(mask.shape)}, or one number",
                 remedy="One number makes all clamps equally noisy.",
             )
-        value, variance = jnp.broadcast_to(value, mask.shape), jnp.broadcast_to(variance, mask.shape)
+        xp, (mask, value, variance) = on_host(mask, value, variance)
+        value, variance = xp.broadcast_to(value, mask.shape), xp.broadcast_to(variance, mask.shape)
         if is_concrete(mask) and is_concrete(value) and not np.isfinite(np.asarray(value)[np.asarray(mask)]).all():
             fail(
                 "value",
@@ -89,9 +90,9 @@ class Intervention(eqx.Module):
                     expected="finite variances of at least zero",
                     remedy="Zero is a perfect clamp; where a state is free, set the mask to False.",
                 )
-        self.mask = mask
-        self.value = jnp.where(mask, value, 0.0)
-        self.variance = jnp.where(mask, variance, 0.0)
+        self.mask = to_device(mask)
+        self.value = to_device(xp.where(mask, value, 0.0), value.dtype)
+        self.variance = to_device(xp.where(mask, variance, 0.0), value.dtype)
 
     @property
     def num_timesteps(self) -> int:
@@ -182,7 +183,7 @@ def do(
         )
     dtype = common_float_dtype(*clamps.values())
     mask = np.zeros((num_timesteps, state_dim), dtype=bool)
-    values = jnp.zeros((num_timesteps, state_dim), dtype)
+    values = {}
     for state, given in clamps.items():
         if isinstance(state, bool) or not isinstance(state, (int, np.integer)) or not 0 <= state < state_dim:
             fail(
@@ -191,7 +192,7 @@ def do(
                 expected=f"an integer in 0 ... {state_dim - 1}",
                 remedy="States are counted from 0.",
             )
-        value = as_float_array(f"clamps[{state}]", given, dtype)
+        value = as_floats(f"clamps[{state}]", given, dtype)
         if value.shape not in ((), (stop - start,)):
             fail(
                 f"clamps[{state}]",
@@ -200,8 +201,12 @@ def do(
                 remedy="Give one value for each clamped step.",
             )
         mask[start:stop, state] = True
-        values = values.at[start:stop, state].set(value)
-    return Intervention(mask, values, variance)
+        values[state] = value
+    xp, given = on_host(*values.values())
+    values = dict(zip(values, given, strict=True))
+    columns = [xp.broadcast_to(values.get(state, np.zeros((), dtype)), stop - start) for state in range(state_dim)]
+    window = xp.stack(columns, axis=-1)
+    return Intervention(mask, xp.pad(window, ((start, num_timesteps - stop), (0, 0))), variance)
 
 
 def stimulate(amplitudes: Any, targets: Any, active: Any = None, *, variance: float = 0.0) -> Intervention:
@@ -235,8 +240,8 @@ def stimulate(amplitudes: Any, targets: Any, active: Any = None, *, variance: fl
         [False, True, True]
     """
     dtype = common_float_dtype(amplitudes, targets)
-    amplitudes = as_float_array("amplitudes", amplitudes, dtype)
-    targets = as_float_array("targets", targets, dtype)
+    amplitudes = as_floats("amplitudes", amplitudes, dtype)
+    targets = as_floats("targets", targets, dtype)
     if amplitudes.ndim not in (2, 3):
         fail(
             "amplitudes",
@@ -259,12 +264,12 @@ def stimulate(amplitudes: Any, targets: Any, active: Any = None, *, variance: fl
             expected=f"the shape of `amplitudes`, {tuple(amplitudes.shape)}",
             remedy="Give one Boolean for each amplitude.",
         )
+    xp, (active, amplitudes, targets) = on_host(active, amplitudes, targets)
+    amplitudes = xp.where(active, amplitudes, xp.zeros((), dtype))
     check_finite("targets", targets)
-    check_finite("amplitudes", jnp.where(active, amplitudes, 0.0))
-    hits = targets != 0
-    mask = jnp.einsum("...m,mi->...i", active, hits)
-    value = jnp.where(active, amplitudes, 0.0) @ targets
-    return Intervention(mask, value, variance)
+    check_finite("amplitudes", amplitudes)
+    mask = xp.einsum("...m,mi->...i", active, targets != 0)
+    return Intervention(mask, amplitudes @ targets, variance)
 
 
 def merge(a: Intervention, b: Intervention) -> Intervention:
@@ -307,9 +312,9 @@ def merge(a: Intervention, b: Intervention) -> Intervention:
             expected=f"that of `a`, {tuple(a.mask.shape)}",
             remedy="Build both plans with the same num_timesteps, state_dim and number of trials.",
         )
-    ndim = max(a.mask.ndim, b.mask.ndim)
-    a, b = (plan if plan.mask.ndim == ndim else jax.tree.map(lambda x: x[None], plan) for plan in (a, b))
-    differ = a.mask & b.mask & ((a.value != b.value) | (a.variance != b.variance))
+    xp, arrays = on_host(a.mask, a.value, a.variance, b.mask, b.value, b.variance)
+    in_a, value, variance, in_b, other_value, other_variance = arrays
+    differ = in_a & in_b & ((value != other_value) | (variance != other_variance))
     if is_concrete(differ) and bool(differ.any()):
         *_, step, state = (int(i[0]) for i in np.nonzero(np.asarray(differ)))
         fail(
@@ -319,13 +324,13 @@ def merge(a: Intervention, b: Intervention) -> Intervention:
             remedy="Remove one of the two clamps.",
         )
     return Intervention(
-        a.mask | b.mask,
-        jnp.where(a.mask, a.value, b.value.astype(a.value.dtype)),
-        jnp.where(a.mask, a.variance, b.variance.astype(a.variance.dtype)),
+        in_a | in_b,
+        xp.where(in_a, value, other_value.astype(value.dtype)),
+        xp.where(in_a, variance, other_variance.astype(variance.dtype)),
     )
 
 
-def _as_mask(argument: str, mask: Any) -> jax.Array:
+def _as_mask(argument: str, mask: Any) -> jax.Array | np.ndarray:
     mask = as_array(argument, mask)
     if mask.dtype != bool:
         fail(
@@ -334,7 +339,7 @@ def _as_mask(argument: str, mask: Any) -> jax.Array:
             expected="Boolean",
             remedy="Pass `x.astype(bool)`, or the comparison that says where a clamp holds.",
         )
-    return jnp.asarray(mask)
+    return mask
 
 
 def _check_sizes(num_timesteps: int, state_dim: int) -> None:

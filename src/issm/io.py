@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from issm._check import fail, is_concrete
+from issm._check import fail
+from issm._host import is_concrete
 
 _FORMAT = "issm"
 _VERSION = 1

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from issm._check import as_float_array, check_key, common_float_dtype, fail
 from issm._compile import jit_quickly
+from issm._host import to_device
 from issm._tables import format_table
 from issm._types import PRNGKey
 from issm.causal.compare import Score, bootstrap_counts, check_count, score_of_samples
@@ -173,7 +174,7 @@ def check_clamps(
     while True:
         by_trial, weights = judge.differences(channels, softened)
         hard_over_soft, spill = _score_differences(
-            key, by_trial, observed, jnp.asarray(level, by_trial.dtype), int(num_bootstrap)
+            key, by_trial, observed, to_device(level, by_trial.dtype), int(num_bootstrap)
         )
         adding = [j for j in channels if j not in softened and float(hard_over_soft.upper[j]) < 0]
         if not adding:

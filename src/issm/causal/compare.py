@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import as_float_array, check_key, common_float_dtype, fail
 from issm._compile import jit_quickly
+from issm._host import to_device
 from issm._tables import format_table
 from issm._types import PRNGKey
 from issm.causal.history import check_plan
@@ -199,7 +200,7 @@ def compare(
         _check_model(name, model, emissions, inputs, interventions)
     forecasts = [_ask(name, model, emissions, inputs, interventions, history) for name, model in models.items()]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *forecasts)
-    scores = _compare(key, stacked, emissions, jnp.asarray(level, emissions.dtype), int(history), int(num_bootstrap))
+    scores = _compare(key, stacked, emissions, to_device(level, emissions.dtype), int(history), int(num_bootstrap))
     return Comparison(*scores, names=tuple(models))
 
 

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from issm._compile import jit_quickly
+from issm._host import to_device
 from issm.causal.counterfactual import Twins, as_twin_scenario, own_emissions, smooth_twins
 from issm.causal.estimates import Effect, EffectEstimate
 from issm.causal.history import Scenario, check_average
@@ -137,7 +138,7 @@ def counterfactual_effect(
     dtype = params.initial.mean.dtype
     z = quantile_of_level(level, dtype)
     return _counterfactual_effect(
-        params, trials, scenario, readout, steps, uncertain, z, jnp.asarray(level, dtype), bool(average_trials)
+        params, trials, scenario, readout, steps, uncertain, z, to_device(level, dtype), bool(average_trials)
     )
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from issm._check import as_float_array, check_shape, common_float_dtype, fail, is_concrete
+from issm._check import as_float_array, check_shape, common_float_dtype, fail
+from issm._host import is_concrete, on_host, to_device
 from issm.interventions import Intervention
 from issm.models.lgssm import ParamsLGSSM
 
@@ -36,8 +37,12 @@ def as_candidates(candidates: Any, state_dim: int) -> Intervention:
             f"candidates[{k}]", plan.mask, shape, ("num_timesteps", "state_dim"), "Make all plans equally long."
         )
     dtype = common_float_dtype(*candidates)
-    cast = lambda leaf: leaf if leaf.dtype == bool else leaf.astype(dtype)  # noqa: E731
-    return jax.tree.map(lambda *leaves: jnp.stack([cast(leaf) for leaf in leaves]), *candidates)
+
+    def stack(*leaves: Array) -> Array:
+        xp, leaves = on_host(*leaves)
+        return to_device(xp.stack(leaves), bool if leaves[0].dtype == bool else dtype)
+
+    return jax.tree.map(stack, *candidates)
 
 
 def _is_plan(plan: Any) -> bool:
@@ -71,11 +76,10 @@ def as_bounds(plans: Intervention, bounds: Any) -> tuple[Array, Array]:
     """Lowest and highest clamp value of every state; by default those among the candidates."""
     dtype, state_dim = plans.value.dtype, plans.state_dim
     if bounds is None:
-        axes = (0, 1)
-        lowest, highest = (jnp.where(plans.mask, plans.value, end).min(axes) if end > 0 else
-                           jnp.where(plans.mask, plans.value, end).max(axes) for end in (jnp.inf, -jnp.inf))  # fmt: skip
-        used = plans.mask.any(axes)
-        return jnp.where(used, lowest, 0.0), jnp.where(used, highest, 0.0)
+        xp, (mask, value) = on_host(plans.mask, plans.value)
+        used, axes = mask.any((0, 1)), (0, 1)
+        lowest, highest = xp.where(mask, value, xp.inf).min(axes), xp.where(mask, value, -xp.inf).max(axes)
+        return to_device(xp.where(used, lowest, 0.0), dtype), to_device(xp.where(used, highest, 0.0), dtype)
     if not isinstance(bounds, (list, tuple)) or len(bounds) != 2:
         fail("bounds", got=repr(bounds), expected="a lowest and a highest value", remedy="Pass (low, high).")
     ends = [as_float_array("bounds", end, dtype) for end in bounds]

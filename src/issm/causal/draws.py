@@ -9,10 +9,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from issm._check import fail
+from issm._check import check_level, fail
 from issm._linalg import psd_cholesky, safe_sqrt
 from issm._types import PRNGKey
-from issm.causal.predict import quantile_of_level
 from issm.causal.summaries import prediction_table
 from issm.inference.dense import run_filter, run_smoother
 from issm.inference.observations import Potential
@@ -104,7 +103,8 @@ class Draws(eqx.Module):
         Raises:
             ValueError: If `level` is not between 0 and 1.
         """
-        tail = jax.scipy.special.ndtr(-quantile_of_level(level, self.draws.dtype))
+        check_level(level)
+        tail = (1 - jnp.asarray(level, self.draws.dtype)) / 2
         return jnp.quantile(self.draws, tail, axis=-3), jnp.quantile(self.draws, 1 - tail, axis=-3)
 
     def _by_parameters(self) -> Float[Array, "*trials num_parameters draws_of_each num_timesteps dim"]:

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from issm._compile import jit_quickly
+from issm._host import to_device
 from issm._linalg import symmetrize
 from issm.causal.estimates import EffectEstimate
 from issm.causal.history import History, Scenario, as_scenario, check_average, plan_params
@@ -87,9 +88,7 @@ def causal_effect(
     )
     dtype = params.initial.mean.dtype
     z = quantile_of_level(level, dtype)
-    return _causal_effect(
-        params, scenario, readout, steps, uncertain, z, jnp.asarray(level, dtype), bool(average_trials)
-    )
+    return _causal_effect(params, scenario, readout, steps, uncertain, z, to_device(level, dtype), bool(average_trials))
 
 
 @partial(jit_quickly, static_argnames="average_trials")

@@ -6,11 +6,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from jax import lax
 from jaxtyping import Array, Float
 
-from issm._check import fail, is_concrete
+from issm._check import check_level
 from issm._compile import jit_quickly
+from issm._host import on_host, to_device
 from issm._linalg import safe_sqrt, symmetrize
 from issm.causal.history import History, Scenario, as_scenario, plan_params
 from issm.causal.summaries import prediction_table
@@ -173,18 +175,6 @@ def forward_moments(transitions: Transitions) -> tuple[Array, Array]:
 def quantile_of_level(level: Any, dtype: Any) -> Array:
     """The standard normal quantile z for which mean ± z sd holds `level` of the mass."""
     check_level(level)
-    return jax.scipy.special.ndtri((1 + jnp.asarray(level, dtype)) / 2)
-
-
-def check_level(level: Any) -> None:
-    """Refuse a level that is no probability strictly between 0 and 1."""
-    if not is_concrete(level):
-        return
-    number = np.asarray(level)
-    if number.ndim != 0 or number.dtype.kind not in "iuf" or not 0 < float(number) < 1:
-        fail(
-            "level",
-            got=repr(level),
-            expected="a number above 0 and below 1",
-            remedy="Pass 0.95 for a 95 % interval.",
-        )
+    xp, (level,) = on_host(level)
+    special = scipy.special if xp is np else jax.scipy.special
+    return to_device(special.ndtri((1 + level) / 2), dtype)

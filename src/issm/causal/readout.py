@@ -3,12 +3,12 @@
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from issm._check import as_array, as_float_array, check_finite, fail, is_concrete
+from issm._check import as_array, as_float_array, check_finite, fail
+from issm._host import is_concrete, on_host, to_device
 from issm.causal.history import Scenario
 from issm.models.fields import over_time
 from issm.models.lgssm import ParamsLGSSM
@@ -106,7 +106,7 @@ def as_window(scenario: Scenario, window: Any) -> Bool[Array, "*trials num_times
     """
     num_timesteps = scenario.plan.intervention.num_timesteps
     if window is None:
-        return jnp.ones((num_timesteps, 1), bool)
+        return to_device(np.ones((num_timesteps, 1), bool))
     if isinstance(window, str):
         if window not in WINDOWS:
             _fail_window(window, num_timesteps)
@@ -115,13 +115,13 @@ def as_window(scenario: Scenario, window: Any) -> Bool[Array, "*trials num_times
         start, stop = window
         if not 0 <= start < stop <= num_timesteps:
             _fail_window(window, num_timesteps)
-        steps = jnp.arange(num_timesteps)[:, None]
+        steps = np.arange(num_timesteps)[:, None]
         steps = (steps >= start) & (steps < stop)
     else:
         given = as_array("window", window)
         if given.dtype != bool or given.shape != (num_timesteps,):
             _fail_window(f"dtype {given.dtype}, shape {given.shape}", num_timesteps)
-        steps = jnp.asarray(given)[:, None]
+        steps = given[:, None]
     if is_concrete(steps) and not np.asarray(steps).any(axis=-2).all():
         fail(
             "window",
@@ -129,22 +129,21 @@ def as_window(scenario: Scenario, window: Any) -> Bool[Array, "*trials num_times
             expected="at least one step in every trial",
             remedy="A plan that clamps up to its last step has no steps after: make it longer.",
         )
-    return steps
+    return to_device(steps)
 
 
-def _named_window(scenario: Scenario, window: str) -> Bool[Array, "*trials num_timesteps 1"]:
+def _named_window(scenario: Scenario, window: str) -> Array | np.ndarray:
     plan, reference = scenario.plan.intervention, scenario.reference
-    if plan.mask.ndim != reference.mask.ndim:  # one of them is shared by all trials
-        plan, reference = (
-            each if each.mask.ndim == 3 else jax.tree.map(lambda leaf: leaf[None], each) for each in (plan, reference)
-        )
-    differs = (plan.mask != reference.mask) | (plan.value != reference.value) | (plan.variance != reference.variance)
+    parts = [(each.mask, each.value, each.variance) for each in (plan, reference)]
+    xp, arrays = on_host(*parts[0], *parts[1])
+    mask, value, variance, other_mask, other_value, other_variance = arrays
+    differs = (mask != other_mask) | (value != other_value) | (variance != other_variance)
     on = differs.any(axis=-1, keepdims=True)
     if window == "on":
         return on
     if window == "off":
         return ~on
-    later = jnp.flip(jnp.cumsum(jnp.flip(on, -2), -2), -2)
+    later = xp.flip(xp.cumsum(xp.flip(on, -2), -2), -2)
     return later == 0
 
 

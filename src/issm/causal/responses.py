@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import as_float_array, check_finite, fail
 from issm._compile import jit_quickly
+from issm._host import to_device
 from issm._linalg import safe_sqrt
 from issm.causal.predict import quantile_of_level
 from issm.causal.propagate import DRAWS_AT_ONCE
@@ -136,9 +137,7 @@ def impulse_response(
     dtype = params.initial.mean.dtype
     uncertain, z = as_uncertain_parameters(params, parameters), quantile_of_level(level, dtype)
     value = as_number("value", value, dtype)
-    return _impulse_response(
-        params, int(num_steps), jnp.asarray(source), value, uncertain, z, jnp.asarray(level, dtype)
-    )
+    return _impulse_response(params, int(num_steps), jnp.asarray(source), value, uncertain, z, to_device(level, dtype))
 
 
 @partial(jit_quickly, static_argnames="num_steps")

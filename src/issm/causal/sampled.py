@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from issm._check import check_key
+from issm._host import to_device
 from issm._types import PRNGKey
 from issm.causal.curved import draw_worlds
 from issm.causal.draws import (
@@ -183,7 +184,7 @@ def sample_effect(
     )
     draws, dtype = as_model_draws(model, parameters), model.initial.mean.dtype
     z = quantile_of_level(level, dtype)
-    level = jnp.asarray(level, dtype)
+    level = to_device(level, dtype)
     return _effect(key, model, draws, scenario, readout, steps, z, level, num_draws, bool(average_trials))
 
 

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from issm._host import to_device
 from issm._types import PRNGKey
 from issm.causal.counterfactual_effect import CounterfactualEffect
 from issm.causal.history import Scenario, check_average
@@ -81,7 +82,7 @@ def sample_counterfactual_effect(
     readout, steps = as_readout(companion(model), of), as_window(scenario, window)
     draws, dtype = as_model_draws(model, parameters), model.initial.mean.dtype
     z = quantile_of_level(level, dtype)
-    level = jnp.asarray(level, dtype)
+    level = to_device(level, dtype)
     return _effect(key, model, draws, trials, scenario, readout, steps, z, level, num_draws, bool(average_trials))
 
 

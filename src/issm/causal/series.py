@@ -13,8 +13,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from issm._check import fail, is_concrete
+from issm._check import fail
 from issm._compile import jit_quickly
+from issm._host import is_concrete, to_device
 from issm._linalg import symmetrize
 from issm.causal.estimates import Effect
 from issm.causal.history import History, Scenario, as_scenario, plan_params
@@ -165,7 +166,7 @@ def observed_effect(
     expected = _emission_moments(params, filtered.predicted_means, filtered.predicted_covariances, inputs)
     return SeriesEffect(
         effects.per_step, effects.cumulative, effects.average, effects.relative,
-        jnp.asarray(level, dtype), expected, emissions, start,
+        to_device(level, dtype), expected, emissions, start,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from issm._check import fail
 from issm._compile import jit_quickly
+from issm._host import to_device
 from issm._tables import join_words
 from issm.causal.predict import quantile_of_level
 from issm.causal.responses import (
@@ -214,7 +215,7 @@ def _checked_effects(
     dtype = params.initial.mean.dtype
     uncertain, z = as_uncertain_parameters(params, parameters), quantile_of_level(level, dtype)
     value = as_number("value", value, dtype)
-    return _sustained_effects(params, num_steps, sources, held, value, uncertain, z, jnp.asarray(level, dtype))
+    return _sustained_effects(params, num_steps, sources, held, value, uncertain, z, to_device(level, dtype))
 
 
 @partial(jit_quickly, static_argnames="num_steps")

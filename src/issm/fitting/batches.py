@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from issm._check import as_array, as_float_array, fail, is_concrete
+from issm._check import as_array, as_float_array, fail
+from issm._host import is_concrete
 from issm._types import PRNGKey
 from issm.inference.likelihood import log_likelihoods
 from issm.interventions import Intervention

@@ -11,13 +11,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from issm._check import check_key, fail, is_concrete
+from issm._check import check_key, fail
 from issm._compile import jit_quickly
+from issm._host import is_concrete, to_device
 from issm._types import PRNGKey
 from issm.fitting.centering import count_observed
 from issm.fitting.em import check_stopping, pose, solve
 from issm.fitting.em_loop import Problem
-from issm.fitting.intervals import check_level, means, quantiles, standard_deviations
+from issm.fitting.intervals import means, quantiles, standard_deviations
 from issm.fitting.m_step import make_rules
 from issm.fitting.priors import Priors
 from issm.interventions import Intervention
@@ -80,7 +81,7 @@ class Bootstrap(eqx.Module):
         Raises:
             ValueError: If `level` is not between 0 and 1.
         """
-        return quantiles(self.draws, check_level(level))
+        return quantiles(self.draws, level)
 
 
 def bootstrap(
@@ -157,7 +158,16 @@ def bootstrap(
             remedy="Call it outside of `jit` and `vmap`: its refits are compiled and batched already.",
         )
     problem = pose(params, trials, make_rules(params, trainable, priors), num_iters, tol)
-    return _refit(key, params, problem, kind, num_samples, num_iters, num_at_once)
+    draws, log_probs, converged, counts = _refit(key, params, problem, kind, num_samples, num_iters, num_at_once)
+    return Bootstrap(
+        params=params,
+        draws=draws,
+        standard_errors=standard_deviations(draws),
+        bias=jax.tree.map(lambda mean, own: to_device(np.asarray(mean) - np.asarray(own)), means(draws), params),
+        log_probs=log_probs,
+        converged=converged,
+        num_iters=counts,
+    )
 
 
 @partial(jit_quickly, static_argnames=("kind", "num_samples", "num_iters", "num_at_once"))
@@ -169,7 +179,8 @@ def _refit(
     num_samples: int,
     num_iters: int,
     num_at_once: int,
-) -> Bootstrap:
+) -> tuple[ParamsLGSSM, Array, Array, Array]:
+    """Parameters of all refits, their last log-likelihoods, whether they have converged and after how many updates."""
     redraw = _redraw if kind == "parametric" else _resample
 
     def one(key: PRNGKey) -> Any:
@@ -181,16 +192,7 @@ def _refit(
     keys = jax.random.split(key, count * size)  # the last few may be drawn in vain
     keys = keys.reshape(count, size, *keys.shape[1:])
     flat = lambda leaf: leaf.reshape(count * size, *leaf.shape[2:])[:num_samples]  # noqa: E731
-    draws, log_probs, converged, counts = jax.tree.map(flat, lax.map(jax.vmap(one), keys))
-    return Bootstrap(
-        params=params,
-        draws=draws,
-        standard_errors=standard_deviations(draws),
-        bias=jax.tree.map(lambda leaf, own: leaf - own, means(draws), params),
-        log_probs=log_probs,
-        converged=converged,
-        num_iters=counts,
-    )
+    return jax.tree.map(flat, lax.map(jax.vmap(one), keys))
 
 
 def _redraw(key: PRNGKey, params: ParamsLGSSM, problem: Problem) -> Problem:

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from issm._host import to_device
 from issm.models.fields import TimeVarying, is_diagonal, values_of
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.trials import Trials
@@ -44,8 +45,9 @@ def shift_bias(params: ParamsLGSSM, by: Array) -> ParamsLGSSM:
 def count_observed(trials: Trials) -> Array:
     """Number of observed entries."""
     emissions = trials.emissions
-    count = (~jnp.isnan(emissions)).sum() if trials.may_miss else jnp.asarray(emissions.size)
-    return count.astype(emissions.dtype)
+    if not trials.may_miss:
+        return to_device(emissions.size, emissions.dtype)
+    return (~jnp.isnan(emissions)).sum().astype(emissions.dtype)
 
 
 def variance_floor(params: ParamsLGSSM, variances: Array) -> Array:

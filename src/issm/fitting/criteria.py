@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from issm._check import fail, is_concrete
+from issm._check import fail
+from issm._host import is_concrete
 from issm.inference.kalman import marginal_log_prob
 from issm.interventions import Intervention
 from issm.models.fields import TimeVarying, is_diagonal

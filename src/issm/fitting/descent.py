@@ -13,9 +13,9 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from issm._check import is_concrete
 from issm._compile import QUICKER, jit_quickly
 from issm._constraints import constrain, unconstrain
+from issm._host import is_concrete
 from issm._trees import apply_mask, choose
 from issm._types import PRNGKey
 from issm.fitting.batches import Data, Likelihood, UserLoss, shuffle, take

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from issm._check import fail, is_concrete
+from issm._check import fail
 from issm._compile import jit_quickly
+from issm._host import is_concrete, to_device
 from issm._trees import choose
 from issm.fitting.centering import (
     count_observed,
@@ -109,7 +110,7 @@ def pose(params: ParamsLGSSM, trials: Trials, rules: Rules, num_iters: int, tol:
     dtype = params.initial.mean.dtype
     patterns = find_patterns(params, trials)
     numbers = count_observed(trials)
-    return Problem(trials, patterns, rules, jnp.asarray(tol, dtype), jnp.asarray(num_iters, jnp.int32), numbers)
+    return Problem(trials, patterns, rules, to_device(tol, dtype), to_device(num_iters, np.int32), numbers)
 
 
 def solve(
@@ -158,7 +159,7 @@ def trim(fit: FitResult) -> FitResult:
     if not is_concrete(fit.num_iters):
         return fit
     num_iters = int(fit.num_iters)
-    logs = (fit.log_probs[: num_iters + 1], fit.log_priors[: num_iters + 1])
+    logs = (to_device(np.asarray(log)[: num_iters + 1]) for log in (fit.log_probs, fit.log_priors))
     where = lambda f: (f.log_probs, f.log_priors, f.num_iters, f.converged)  # noqa: E731
     return eqx.tree_at(where, fit, (*logs, num_iters, bool(fit.converged)))
 

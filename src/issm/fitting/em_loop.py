@@ -7,11 +7,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from issm._check import is_concrete
 from issm._compile import QUICKER, jit_quickly
+from issm._host import is_concrete, to_device
 from issm._trees import choose
 from issm.fitting.centering import (
     mean_of_observed,
@@ -93,7 +94,7 @@ def run(state: EMState, problem: Problem, until: int | Int[Array, ""]) -> EMStat
     In single precision a program holds either the plain form of the smoother or that with square roots, and ends where the parameters
     need the other: most fits compile one of them. Where JAX traces, both are in one program.
     """
-    until, trials = jnp.asarray(until, jnp.int32), problem.trials
+    until, trials = to_device(until, np.int32), problem.trials
     iterate = _iterate_lanes if trials.have_own_patterns else _iterate
     if state.params.initial.mean.dtype != jnp.float32 or not is_concrete(state.code):
         return iterate(state, problem, until, "auto")

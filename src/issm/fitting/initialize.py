@@ -4,11 +4,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from issm._check import check_key
+from issm._host import to_device
 from issm._types import PRNGKey
 from issm.fitting.em import improve
 from issm.fitting.redrawn import redrawn_start
@@ -144,9 +144,9 @@ def initialize_lgssm(
         params=tried[best][0],
         start=best,
         starts=tuple(tried),
-        log_probs=jnp.asarray([log_prob for _, log_prob in tried.values()], data.dtype),
-        never_clamped=jnp.asarray(~data.clamped),
-        one_level=jnp.asarray(one_level),
+        log_probs=to_device([log_prob for _, log_prob in tried.values()], data.dtype),
+        never_clamped=to_device(~data.clamped),
+        one_level=to_device(one_level),
         remarks=_remarks(data, one_level, failed),
     )
 
@@ -156,8 +156,8 @@ def _improve(guess: ParamsLGSSM, data: StartData) -> tuple[ParamsLGSSM, float]:
     if (
         np.abs(np.linalg.eigvals(fit.params.dynamics.weights)).max() > EXPLOSIVE
     ):  # little data: let no fitter start there
-        return guess, float(fit.log_probs[0])
-    return fit.params, float(fit.log_probs[-1])
+        return guess, float(np.asarray(fit.log_probs)[0])
+    return fit.params, float(np.asarray(fit.log_probs)[-1])
 
 
 def _best(tried: dict[str, tuple[ParamsLGSSM, float]]) -> str:

@@ -7,7 +7,8 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from issm._check import as_float_array, fail, is_concrete
+from issm._check import as_float_array, fail
+from issm._host import is_concrete
 from issm._types import PRNGKey
 from issm.fitting.initialize import initialize_lgssm
 from issm.interventions import Intervention

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from issm._check import fail, is_concrete
+from issm._check import fail
+from issm._host import is_concrete, to_device
 from issm._trees import all_false, all_true, trainable_masks
 from issm.fitting.priors import Priors, ResolvedPrior, resolve_prior
 from issm.fitting.regression import PatternStatistics, RowStatistics, regress_patterns, regress_rows
@@ -176,13 +177,13 @@ def _block_rules(name: str, params: ParamsLGSSM, masks: ParamsLGSSM, prior: Any)
                 expected="None",
                 remedy="A `TimeVarying` covariance is fixed; the prior is in units of a constant one.",
             )
-    rows, columns = coefficients_of(block).shape
+    rows, columns = jax.eval_shape(coefficients_of, block).shape
     resolved = resolve_prior(f"priors.{name}", prior, rows, columns, params.initial.mean.dtype)
     coefficients = None
     if not all_true(moves):
         alike = is_concrete(moves) and bool((np.asarray(moves) == np.asarray(moves)[:1]).all())
-        coefficients = jnp.asarray(moves[:1] if alike else moves)
-    return BlockRules(coefficients, jnp.asarray(cov_mask), resolved)
+        coefficients = to_device(moves[:1] if alike else moves)
+    return BlockRules(coefficients, to_device(cov_mask), resolved)
 
 
 def coefficient_mask(mask: Any) -> Any:
@@ -198,7 +199,7 @@ def coefficient_mask(mask: Any) -> Any:
 def _check_l1(params: ParamsLGSSM, input_l1: Any) -> Array | None:
     if input_l1 is None:
         return None
-    weight = jnp.asarray(input_l1, params.initial.mean.dtype)
+    weight = to_device(input_l1, params.initial.mean.dtype)
     if weight.ndim or (is_concrete(weight) and not float(weight) >= 0):
         fail("priors.input_l1", got=repr(input_l1), expected="one number of at least zero", remedy="Zero is no prior.")
     if isinstance(params.dynamics.input_weights, TimeVarying):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from issm._check import is_concrete
+from issm._host import is_concrete, on_host, to_device
 from issm.models.fields import is_diagonal
 from issm.models.lgssm import ParamsLGSSM
 from issm.models.trials import Trials
@@ -34,19 +34,20 @@ class Patterns(eqx.Module):
 
 def find_patterns(params: ParamsLGSSM, trials: Trials) -> Patterns:
     """Group the steps by their clamp mask, where the noise is correlated; elsewhere rows are learned one by one."""
-    mask = trials.plan.intervention.mask
+    _, (mask,) = on_host(trials.plan.intervention.mask)
     full_initial, full_dynamics = not is_diagonal(params.initial.cov), not is_diagonal(params.dynamics.cov)
     return Patterns(_group(mask[..., 0, :], full_initial), _group(mask, full_dynamics))
 
 
 def _group(mask: Bool[Array, "*steps state_dim"], correlated: bool) -> MaskPatterns:
     state_dim, steps = mask.shape[-1], mask.shape[:-1]
-    unclamped = is_concrete(mask) and not np.asarray(mask).any()
+    unclamped = is_concrete(mask) and not mask.any()
     if unclamped or not correlated:
-        return MaskPatterns(jnp.ones((1, state_dim), bool), jnp.zeros(steps, jnp.int32), unclamped)
+        free, index = np.ones((1, state_dim), bool), np.zeros(steps, np.int32)
+        return MaskPatterns(to_device(free), to_device(index), unclamped)
     if is_concrete(mask):
-        table, index = np.unique(np.asarray(mask).reshape(-1, state_dim), axis=0, return_inverse=True)
-        return MaskPatterns(jnp.asarray(~table), jnp.asarray(index.reshape(steps), jnp.int32), False)
+        table, index = np.unique(mask.reshape(-1, state_dim), axis=0, return_inverse=True)
+        return MaskPatterns(to_device(~table), to_device(index.reshape(steps), np.int32), False)
     num_steps = int(np.prod(steps))
     if 2**state_dim <= num_steps:  # every subset has a place in the table
         places = 2 ** np.arange(state_dim)

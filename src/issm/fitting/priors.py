@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from issm._check import as_float_array, check_finite, fail, is_concrete
+from issm._check import as_float_array, check_finite, fail
+from issm._host import is_concrete
 from issm.fitting.regression import PatternStatistics, RowStatistics
 
 

@@ -1,15 +1,16 @@
 """What a fit returns, and why it ended."""
 
 import enum
+from operator import attrgetter
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from issm._check import is_concrete
+from issm._host import is_concrete
+from issm.models.fields import values_of
 
 
 class Code(enum.IntEnum):
@@ -105,14 +106,10 @@ FIELDS = (
 
 def first_broken_field(params: Any) -> Int[Array, ""]:
     """Place in `FIELDS` of the first field with an entry that is not finite, or -1."""
-    blocks = (params.initial, params.dynamics, params.emissions)
-    fields = [getattr(blocks[("initial", "dynamics", "emissions").index(b)], f) for b, f in map(_split, FIELDS)]
-    finite = jnp.stack([jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(f)])) for f in fields])
-    return jnp.where(finite.all(), -1, jnp.argmin(finite)).astype(jnp.int32)
-
-
-def _split(name: str) -> list[str]:
-    return name.split(".")
+    fields = [values_of(attrgetter(name)(params)) for name in FIELDS]
+    finite = jnp.isfinite(jnp.concatenate([field.ravel() for field in fields]))
+    ends = np.cumsum([field.size for field in fields])
+    return jnp.where(finite.all(), -1, (jnp.argmin(finite) >= ends).sum()).astype(jnp.int32)
 
 
 def _describe(code: np.ndarray, broken: np.ndarray, floored: np.ndarray, kept: np.ndarray) -> str | list:

@@ -12,14 +12,15 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
-from issm._check import check_key, fail, is_concrete
+from issm._check import check_key, fail
 from issm._compile import jit_quickly
 from issm._constraints import check_interior, log_volume, whole_matrices
+from issm._host import is_concrete
 from issm._trees import trainable_masks
 from issm._types import PRNGKey
 from issm.fitting.chains import effective_sample_size, split_r_hat
 from issm.fitting.gibbs import check_proper, sweep
-from issm.fitting.intervals import check_level, means, quantiles, standard_deviations
+from issm.fitting.intervals import means, quantiles, standard_deviations
 from issm.fitting.m_step import BLOCKS, Rules, log_prior, make_rules
 from issm.fitting.nuts import LEAST_WARMUP, Sizes, sample_nuts
 from issm.fitting.priors import Priors
@@ -109,7 +110,7 @@ class ParameterSamples(eqx.Module):
         Raises:
             ValueError: If `level` is not between 0 and 1.
         """
-        return quantiles(self.draws, check_level(level))
+        return quantiles(self.draws, level)
 
 
 def sample_parameters(

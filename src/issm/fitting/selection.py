@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from issm._check import as_float_array, check_key, common_float_dtype, fail, is_concrete
+from issm._check import as_float_array, check_key, common_float_dtype, fail
+from issm._host import is_concrete
 from issm._types import PRNGKey
 from issm.fitting.criteria import information_criteria
 from issm.fitting.em import fit_em

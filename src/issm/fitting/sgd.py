@@ -5,15 +5,16 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from issm._check import check_key, fail, is_concrete
+from issm._check import check_key, fail
 from issm._constraints import check_interior, whole_matrices
+from issm._host import is_concrete, to_device
 from issm._trees import trainable_masks
 from issm._types import PRNGKey
 from issm.fitting.batches import Data, Likelihood, UserLoss, as_data, likelihood_data, split
+from issm.fitting.centering import count_observed
 from issm.fitting.descent import Method, Problem, State, finish, prepare, run, run_with_bar
 from issm.fitting.sgd_result import SGDResult
 from issm.interventions import Intervention
@@ -107,12 +108,12 @@ def fit_sgd(
         optimizer = _default_optimizer()
     dtype = jax.tree.leaves(start)[0].dtype
     key = jax.random.key(0) if key is None else key
-    ends = jnp.asarray(tol, dtype), jnp.asarray(patience, jnp.int32)
+    ends = to_device(tol, dtype), to_device(patience, np.int32)
     problem = Problem(start, masks, data, watched, own_loss, watched_loss, *ends, key)
     method = Method(static, optimizer, batch_size)
     state = prepare(problem, method, num_epochs)
     go = run_with_bar if options and is_concrete(state.code) else run
-    return _result(go(state, problem, method, jnp.asarray(num_epochs, jnp.int32)), problem, method)
+    return _result(go(state, problem, method, to_device(num_epochs, np.int32)), problem, method)
 
 
 def _result(state: State, problem: Problem, method: Method) -> SGDResult:
@@ -171,8 +172,7 @@ def _losses(params: Any, data: Data, watched: Data | None, loss: Any) -> tuple:
 
 
 def _likelihood(trials: Trials) -> Likelihood:
-    count = (~jnp.isnan(trials.emissions)).sum().astype(trials.emissions.dtype)
-    return Likelihood(count, trials.num_trials)
+    return Likelihood(count_observed(trials), trials.num_trials)
 
 
 def _check_options(batch_size: Any, num_epochs: Any, patience: Any, tol: Any, progress: Any, key: Any) -> bool:

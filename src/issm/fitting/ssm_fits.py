@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from issm._check import as_array, fail, is_concrete
+from issm._check import as_array, fail
+from issm._host import is_concrete
 from issm.fitting.rollout import fit_rollout
 from issm.fitting.ssm_result import Code, SSMFit
 from issm.fitting.stage import Data, Loop

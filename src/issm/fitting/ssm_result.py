@@ -7,7 +7,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from issm._check import is_concrete
+from issm._host import is_concrete
 from issm.models.ssm import SSM
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from issm._check import is_concrete
+from issm._host import is_concrete
 from issm._linalg import safe_sqrt
 from issm._trees import choose
 from issm._types import PRNGKey

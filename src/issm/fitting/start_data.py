@@ -3,10 +3,10 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from issm._check import as_float_array, common_float_dtype, fail, is_concrete
+from issm._check import as_float_array, common_float_dtype, fail
+from issm._host import is_concrete
 from issm.models.lgssm import ParamsLGSSM, make_lgssm_params
 from issm.models.trials import as_trials
 
@@ -79,14 +79,14 @@ def _blank(state_dim: int, emission_dim: int, input_dim: int, dtype: Any) -> Par
     if emission_dim < 1:
         fail("emissions", got="no emission axis", expected="(num_timesteps, emission_dim)", remedy="Use `y[:, None]`.")
     return make_lgssm_params(
-        initial_mean=jnp.zeros(state_dim, dtype),
-        initial_cov=jnp.ones(state_dim, dtype),
-        dynamics_weights=jnp.zeros((state_dim, state_dim), dtype),
-        dynamics_cov=jnp.ones(state_dim, dtype),
-        emissions_weights=jnp.zeros((emission_dim, state_dim), dtype),
-        emissions_cov=jnp.ones(emission_dim, dtype),
-        dynamics_input_weights=jnp.zeros((state_dim, input_dim), dtype),
-        emissions_input_weights=jnp.zeros((emission_dim, input_dim), dtype),
+        initial_mean=np.zeros(state_dim, dtype),
+        initial_cov=np.ones(state_dim, dtype),
+        dynamics_weights=np.zeros((state_dim, state_dim), dtype),
+        dynamics_cov=np.ones(state_dim, dtype),
+        emissions_weights=np.zeros((emission_dim, state_dim), dtype),
+        emissions_cov=np.ones(emission_dim, dtype),
+        dynamics_input_weights=np.zeros((state_dim, input_dim), dtype),
+        emissions_input_weights=np.zeros((emission_dim, input_dim), dtype),
     )
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from issm._check import as_array, as_float_array, check_finite, common_float_dtype, fail, is_concrete
+from issm._check import as_array, as_float_array, check_finite, common_float_dtype, fail
+from issm._host import is_concrete
 
 
 def check_data(emissions: Any, amplitudes: Any, active: Any, state_dim: int) -> tuple[Array, Array, np.ndarray]:

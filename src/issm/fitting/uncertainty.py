@@ -23,9 +23,10 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from issm._check import fail, is_concrete
+from issm._check import fail
 from issm._compile import jit_quickly
 from issm._constraints import check_interior
+from issm._host import is_concrete
 from issm._linalg import safe_sqrt, symmetrize
 from issm._trees import trainable_masks
 from issm.fitting.result import FIELDS

@@ -10,8 +10,9 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from issm._check import fail, is_concrete
+from issm._check import fail
 from issm._constraints import constrain, unconstrain
+from issm._host import is_concrete, to_device
 from issm._linalg import symmetrize
 from issm._trees import apply_mask, trainable_masks
 from issm.inference.likelihood import likelihood_tangent
@@ -56,7 +57,7 @@ def free_directions(params: ParamsLGSSM, trainable: Any) -> Float[Array, "num_pa
             numbers.append((np.maximum(number, number.T) if mirrored else number).ravel())
             count += int(chosen.sum())
     directions = np.concatenate(numbers)[:, None] == np.arange(count)
-    return jnp.asarray(directions, params.initial.mean.dtype)
+    return to_device(directions, params.initial.mean.dtype)
 
 
 def along(

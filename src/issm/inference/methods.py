@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
-from issm._check import fail, is_concrete
+from issm._check import fail
+from issm._host import is_concrete
 from issm._once import look_once
 from issm.inference.dense import dense_moments
 from issm.inference.moments import Moments

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from issm._check import as_array, as_float_array, fail, is_concrete
+from issm._check import as_array, as_float_array, fail
+from issm._host import is_concrete
 from issm.inference.held_out import emission_groups, predict_held_out
 from issm.interventions import Intervention
 from issm.metrics.agreement import r2

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from issm._check import as_float_array, check_finite, check_shape, fail, is_concrete
+from issm._check import as_float_array, check_finite, check_shape, fail
+from issm._host import is_concrete
 from issm.interventions import Intervention
 from issm.models.fields import TimeVarying, as_matrix, is_diagonal, values_of
 from issm.models.lgssm import ParamsLGSSM, ParamsLGSSMDynamics, ParamsLGSSMEmissions, ParamsLGSSMInitial, check_params

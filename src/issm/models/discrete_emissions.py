@@ -10,7 +10,8 @@ import numpy as np
 from jax.scipy.special import gammaln
 from jaxtyping import Array, Float
 
-from issm._check import as_float_array, fail, is_concrete
+from issm._check import as_float_array, fail
+from issm._host import is_concrete
 from issm._types import PRNGKey
 from issm.models.emissions import Emission, as_input_weights, check_length
 

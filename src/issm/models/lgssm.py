@@ -3,17 +3,19 @@
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from issm._check import (
     as_float_array,
+    as_floats,
     check_covariance,
     check_finite,
     check_variances,
     common_float_dtype,
     fail,
 )
+from issm._host import to_device
 from issm._once import look_once
 from issm.models.fields import TimeVarying, is_diagonal, values_of
 
@@ -29,7 +31,7 @@ class ParamsLGSSMInitial(eqx.Module):
         Särkkä & Svensson (2023), eq. 6.17.
 
     Examples:
-        >>> import jax.numpy as jnp
+        >>> import numpy as np
         >>> from issm import ParamsLGSSMInitial
         >>> ParamsLGSSMInitial(jnp.zeros(2), jnp.ones(2)).mean.shape
         (2,)
@@ -52,7 +54,7 @@ class ParamsLGSSMDynamics(eqx.Module):
         Nejatbakhsh & Wang (2025), sec. 2; Särkkä & Svensson (2023), eq. 6.17.
 
     Examples:
-        >>> import jax.numpy as jnp
+        >>> import numpy as np
         >>> from issm import ParamsLGSSMDynamics
         >>> ParamsLGSSMDynamics(0.9 * jnp.eye(2), jnp.zeros(2), jnp.zeros((2, 0)), jnp.ones(2)).cov.shape
         (2,)
@@ -77,7 +79,7 @@ class ParamsLGSSMEmissions(eqx.Module):
         Särkkä & Svensson (2023), eq. 6.17.
 
     Examples:
-        >>> import jax.numpy as jnp
+        >>> import numpy as np
         >>> from issm import ParamsLGSSMEmissions
         >>> ParamsLGSSMEmissions(jnp.ones((3, 2)), jnp.zeros(3), jnp.zeros((3, 0)), jnp.ones(3)).weights.shape
         (3, 2)
@@ -200,10 +202,10 @@ def make_lgssm_params(
     state_dim = _last_axis(fields["initial_mean"])
     emission_dim = _last_axis(fields["emissions_weights"], axis=-2)
     input_dim = next((_last_axis(fields[name]) for name in _INPUT_WEIGHTS if name in fields), 0)
-    fields.setdefault("dynamics_bias", jnp.zeros(state_dim, dtype))
-    fields.setdefault("dynamics_input_weights", jnp.zeros((state_dim, input_dim), dtype))
-    fields.setdefault("emissions_bias", jnp.zeros(emission_dim, dtype))
-    fields.setdefault("emissions_input_weights", jnp.zeros((emission_dim, input_dim), dtype))
+    fields.setdefault("dynamics_bias", to_device(np.zeros(state_dim, dtype)))
+    fields.setdefault("dynamics_input_weights", to_device(np.zeros((state_dim, input_dim), dtype)))
+    fields.setdefault("emissions_bias", to_device(np.zeros(emission_dim, dtype)))
+    fields.setdefault("emissions_input_weights", to_device(np.zeros((emission_dim, input_dim), dtype)))
     _check_fields(fields)
     return ParamsLGSSM(
         ParamsLGSSMInitial(*(values_of(fields[f"initial_{name}"]) for name in ("mean", "cov"))),
@@ -251,10 +253,10 @@ _NUMBERS_OF_AXES = {f"{block}_{name}": len(axes) for (block, name), axes in _FIE
 def _as_field(name: str, value: Any, dtype: Any) -> Array | TimeVarying:
     if isinstance(value, TimeVarying):
         return TimeVarying(as_float_array(name, value.values, dtype))
-    array = as_float_array(name, value, dtype)
+    array = as_floats(name, value, dtype)
     if array.ndim == 0:  # one state or one emission, given as a number
-        return array.reshape((1,) if name.endswith("cov") else (1,) * _NUMBERS_OF_AXES[name])
-    return array
+        array = array.reshape((1,) if name.endswith("cov") else (1,) * _NUMBERS_OF_AXES[name])
+    return to_device(array)
 
 
 def _last_axis(field: Array | TimeVarying, axis: int = -1) -> int:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from issm._check import as_float_array, fail, is_concrete
+from issm._check import as_float_array, fail
+from issm._host import is_concrete
 from issm.models.lgssm import ParamsLGSSM, make_lgssm_params
 
 START_SHARE = 0.1

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from issm._check import as_float_array, check_finite, fail, is_concrete
+from issm._check import as_float_array, check_finite, fail
+from issm._host import is_concrete, to_device
 from issm._once import look_once
-from issm.interventions import Intervention, no_intervention
+from issm.interventions import Intervention
 from issm.models.emission_sums import EmissionSums
 from issm.models.fields import TimeVarying
 from issm.models.lgssm import ParamsLGSSM, check_params
@@ -221,15 +222,14 @@ def as_plan(
 @lru_cache(maxsize=64)
 def _nothing_done(num_timesteps: int, state_dim: int, dtype: str) -> Plan:
     with jax.ensure_compile_time_eval():
-        free = no_intervention(num_timesteps, state_dim)
-        free = jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf.astype(dtype), free)
-        return Plan(jnp.zeros((num_timesteps, 0), dtype), free)
+        free = Intervention(np.zeros((num_timesteps, state_dim), bool), np.zeros((), dtype))
+        return Plan(to_device(np.zeros((num_timesteps, 0), dtype)), free)
 
 
 @lru_cache(maxsize=1)
 def _one_pattern() -> Array:
     with jax.ensure_compile_time_eval():
-        return jnp.zeros(1, jnp.int32)
+        return to_device(np.zeros(1, np.int32))
 
 
 def _check_leading_axes(name: str, shape: tuple, expected: tuple, words: tuple, num_trials: int | None) -> None:
@@ -321,8 +321,8 @@ def _group_known(emissions: Array, *decisive: Array) -> tuple[Array, Array | Non
     first = [first_with.setdefault(b"".join(array[k].tobytes() for array in arrays), k) for k in range(num_trials)]
     representatives, pattern = np.unique(first, return_inverse=True)
     if len(representatives) in (1, num_trials):
-        return jnp.asarray(representatives), None, None
-    return jnp.asarray(representatives), jnp.asarray(pattern), _chunk(pattern, len(representatives))
+        return to_device(representatives), None, None
+    return to_device(representatives), to_device(pattern), _chunk(pattern, len(representatives))
 
 
 def _chunk(pattern: np.ndarray, num_patterns: int) -> Chunks:
@@ -336,4 +336,4 @@ def _chunk(pattern: np.ndarray, num_patterns: int) -> Chunks:
             place[chunk] = len(trials) * size + np.arange(len(chunk))
             trials.append(np.resize(chunk, size))
             patterns.append(each)
-    return Chunks(*map(jnp.asarray, (np.array(trials, np.int32), np.array(patterns, np.int32), place)))
+    return Chunks(*map(to_device, (np.array(trials, np.int32), np.array(patterns, np.int32), place)))

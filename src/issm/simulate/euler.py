@@ -10,7 +10,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from issm._check import as_float_array, check_finite, common_float_dtype, fail, is_concrete
+from issm._check import as_float_array, check_finite, common_float_dtype, fail
+from issm._host import is_concrete
 from issm._linalg import safe_sqrt
 from issm._types import PRNGKey
 from issm.interventions import Intervention, no_intervention

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from issm._check import as_float_array, fail, is_concrete
+from issm._check import as_float_array, fail
+from issm._host import is_concrete
 from issm._types import PRNGKey
 from issm.models.lgssm import ParamsLGSSM, make_lgssm_params
 from issm.simulate.systems import orthogonal_lift
