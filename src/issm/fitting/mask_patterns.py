@@ -39,7 +39,7 @@ def find_patterns(params: ParamsLGSSM, trials: Trials) -> Patterns:
     return Patterns(_group(mask[..., 0, :], full_initial), _group(mask, full_dynamics))
 
 
-def _group(mask: Bool[Array, "*steps state_dim"], correlated: bool) -> MaskPatterns:
+def _group(mask: Bool[Array | np.ndarray, "*steps state_dim"], correlated: bool) -> MaskPatterns:
     state_dim, steps = mask.shape[-1], mask.shape[:-1]
     unclamped = is_concrete(mask) and not mask.any()
     if unclamped or not correlated:
@@ -48,7 +48,7 @@ def _group(mask: Bool[Array, "*steps state_dim"], correlated: bool) -> MaskPatte
     if is_concrete(mask):
         table, index = np.unique(mask.reshape(-1, state_dim), axis=0, return_inverse=True)
         return MaskPatterns(to_device(~table), to_device(index.reshape(steps), np.int32), False)
-    num_steps = int(np.prod(steps))
+    mask, num_steps = jnp.asarray(mask), int(np.prod(steps))
     if 2**state_dim <= num_steps:  # every subset has a place in the table
         places = 2 ** np.arange(state_dim)
         table = (np.arange(2**state_dim)[:, None] & places[None]) > 0

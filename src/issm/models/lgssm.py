@@ -31,7 +31,7 @@ class ParamsLGSSMInitial(eqx.Module):
         Särkkä & Svensson (2023), eq. 6.17.
 
     Examples:
-        >>> import numpy as np
+        >>> import jax.numpy as jnp
         >>> from issm import ParamsLGSSMInitial
         >>> ParamsLGSSMInitial(jnp.zeros(2), jnp.ones(2)).mean.shape
         (2,)
@@ -54,7 +54,7 @@ class ParamsLGSSMDynamics(eqx.Module):
         Nejatbakhsh & Wang (2025), sec. 2; Särkkä & Svensson (2023), eq. 6.17.
 
     Examples:
-        >>> import numpy as np
+        >>> import jax.numpy as jnp
         >>> from issm import ParamsLGSSMDynamics
         >>> ParamsLGSSMDynamics(0.9 * jnp.eye(2), jnp.zeros(2), jnp.zeros((2, 0)), jnp.ones(2)).cov.shape
         (2,)
@@ -79,7 +79,7 @@ class ParamsLGSSMEmissions(eqx.Module):
         Särkkä & Svensson (2023), eq. 6.17.
 
     Examples:
-        >>> import numpy as np
+        >>> import jax.numpy as jnp
         >>> from issm import ParamsLGSSMEmissions
         >>> ParamsLGSSMEmissions(jnp.ones((3, 2)), jnp.zeros(3), jnp.zeros((3, 0)), jnp.ones(3)).weights.shape
         (3, 2)
