@@ -111,6 +111,20 @@ def test_windows(window, steps):
     np.testing.assert_allclose(effect.average.mean, effect.mean[np.array(steps)].mean(axis=0), atol=1e-12)
 
 
+def test_a_window_of_trials_beside_one_reference_while_jax_traces():
+    params = random_system(4).params
+    mask = np.zeros((2, 6, 2), bool)
+    mask[0, 1:3, 0] = mask[1, 2:5, 1] = True
+    reference = issm.do({0: 1.0}, num_timesteps=6, state_dim=2, start=3, stop=4)
+
+    def average(value):
+        plan = issm.Intervention(mask, value)
+        return issm.causal_effect(params, plan, reference=reference, window="on").average.mean
+
+    value = np.where(mask, 1.5, 0.0)
+    np.testing.assert_allclose(jax.jit(average)(value), average(value), rtol=1e-12)
+
+
 def test_average_over_trials():
     system = random_system(5, num_trials=3, missing=0.2)
     plan = issm.do({0: [1.0, 2.0]}, num_timesteps=4, state_dim=2, start=1, stop=3)

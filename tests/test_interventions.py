@@ -91,6 +91,8 @@ def test_merge_allows_equal_clamps_and_a_missing_trial_axis():
     assert merged.mask.shape == (2, 2, 1)
     assert merged.mask.all()
     assert (merged.value == 1.0).all()
+    traced = jax.jit(issm.merge)(trials, shared)
+    jax.tree.map(np.testing.assert_array_equal, traced, merged)
 
 
 def test_plans_go_through_transformations():

@@ -32,9 +32,7 @@ class Program(Generic[P, R]):
     def __init__(self, function: Callable[P, R], jit: Callable, options: Mapping[str, bool | int], how: dict[str, Any]):
         update_wrapper(self, function)
         self._within = jit(function, **how)
-        self._alone = lru_cache(maxsize=1)(
-            lambda: jit(function, compiler_options=_known(tuple(options.items())), **how)
-        )
+        self._alone = lru_cache(maxsize=1)(lambda: jit(function, compiler_options=_known(options), **how))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Compile what has not been compiled, and run it."""
@@ -49,15 +47,19 @@ def jit_quickly(
     return Program(function, jit, options, how)
 
 
-@lru_cache(maxsize=8)
-def _known(options: tuple[tuple[str, bool | int], ...]) -> dict | None:
+def _known(options: Mapping[str, bool | int]) -> dict | None:
     """The options, where this device and this release of XLA know them; what `XLA_FLAGS` says of one counts more."""
     if jax.default_backend() != "cpu":
         return None
     flags = os.environ.get("XLA_FLAGS", "")
-    known = {name: value for name, value in options if f"--{name}" not in flags}
+    known = {name: value for name, value in options.items() if f"--{name}" not in flags}
+    return known if _are_known(tuple(known.items())) else None
+
+
+@lru_cache(maxsize=8)
+def _are_known(options: tuple[tuple[str, bool | int], ...]) -> bool:
     try:
-        jax.jit(lambda: 0, compiler_options=known)()
+        jax.jit(lambda: 0, compiler_options=dict(options))()
     except jax.errors.JaxRuntimeError:  # "No such compile option"
-        return None
-    return known
+        return False
+    return True

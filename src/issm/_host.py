@@ -21,6 +21,12 @@ def on_host(*arrays: Any) -> tuple[ModuleType, tuple[Any, ...]]:
     return jnp, arrays
 
 
+def with_equal_axes(*arrays: Any) -> tuple[Any, ...]:
+    """The arrays, those with fewer axes with others in front: JAX may be set to refuse to do so by itself."""
+    ndim = max(array.ndim for array in arrays)
+    return tuple(array[(None,) * (ndim - array.ndim)] for array in arrays)
+
+
 def to_device(array: Any, dtype: Any = None) -> jax.Array:
     """A copy as a JAX array, without a program; what is one already, of this dtype, comes back as it is."""
     if isinstance(array, jax.Array):

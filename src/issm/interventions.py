@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from issm._check import as_array, as_floats, check_finite, common_float_dtype, fail
-from issm._host import is_concrete, on_host, to_device
+from issm._host import is_concrete, on_host, to_device, with_equal_axes
 
 
 class Intervention(eqx.Module):
@@ -313,7 +313,7 @@ def merge(a: Intervention, b: Intervention) -> Intervention:
             remedy="Build both plans with the same num_timesteps, state_dim and number of trials.",
         )
     xp, arrays = on_host(a.mask, a.value, a.variance, b.mask, b.value, b.variance)
-    in_a, value, variance, in_b, other_value, other_variance = arrays
+    in_a, value, variance, in_b, other_value, other_variance = with_equal_axes(*arrays)
     differ = in_a & in_b & ((value != other_value) | (variance != other_variance))
     if is_concrete(differ) and bool(differ.any()):
         *_, step, state = (int(i[0]) for i in np.nonzero(np.asarray(differ)))

@@ -40,7 +40,7 @@ def as_candidates(candidates: Any, state_dim: int) -> Intervention:
 
     def stack(*leaves: Array) -> Array:
         xp, leaves = on_host(*leaves)
-        return to_device(xp.stack(leaves), bool if leaves[0].dtype == bool else dtype)
+        return to_device(xp.stack([leaf if leaf.dtype == bool else leaf.astype(dtype) for leaf in leaves]))
 
     return jax.tree.map(stack, *candidates)
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from issm._check import as_array, as_float_array, check_finite, fail
-from issm._host import is_concrete, on_host, to_device
+from issm._host import is_concrete, on_host, to_device, with_equal_axes
 from issm.causal.history import Scenario
 from issm.models.fields import over_time
 from issm.models.lgssm import ParamsLGSSM
@@ -134,9 +134,8 @@ def as_window(scenario: Scenario, window: Any) -> Bool[Array, "*trials num_times
 
 def _named_window(scenario: Scenario, window: str) -> Array | np.ndarray:
     plan, reference = scenario.plan.intervention, scenario.reference
-    parts = [(each.mask, each.value, each.variance) for each in (plan, reference)]
-    xp, arrays = on_host(*parts[0], *parts[1])
-    mask, value, variance, other_mask, other_value, other_variance = arrays
+    xp, arrays = on_host(plan.mask, plan.value, plan.variance, reference.mask, reference.value, reference.variance)
+    mask, value, variance, other_mask, other_value, other_variance = with_equal_axes(*arrays)
     differs = (mask != other_mask) | (value != other_value) | (variance != other_variance)
     on = differs.any(axis=-1, keepdims=True)
     if window == "on":
