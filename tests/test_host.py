@@ -10,6 +10,7 @@ import pytest
 import issm
 from issm._host import on_host, to_device
 from issm.causal.predict import quantile_of_level
+from issm.fitting.intervals import quantiles
 from issm.fitting.result import FIELDS, first_broken_field
 
 
@@ -38,6 +39,22 @@ def test_what_reaches_the_device_is_a_copy():
         memory[:] = 0.0
 
 
+def test_an_array_of_another_dtype_is_converted():
+    single = jnp.ones(2, jnp.float32)
+    assert to_device(single) is single
+    assert to_device(single, single.dtype) is single
+    for dtype in (np.float64, np.dtype("float64")):
+        assert to_device(single, dtype).dtype == np.float64
+
+
+@pytest.mark.parametrize("level", [0.9, np.float64(0.9), np.float32(0.9), jnp.asarray(0.9)])
+def test_quantiles_keep_the_dtype_of_the_draws(level):
+    draws = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
+    lower, upper = quantiles(jnp.asarray(draws), level)
+    assert lower.dtype == upper.dtype == np.float32
+    np.testing.assert_allclose([lower, upper], np.quantile(draws, [0.05, 0.95], axis=0), rtol=1e-5)
+
+
 def test_plans_and_parameters_are_made_without_a_program(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("something was compiled")
@@ -49,6 +66,8 @@ def test_plans_and_parameters_are_made_without_a_program(monkeypatch):
     both = issm.merge(clamp, other)
     assert int(np.asarray(both.mask).sum()) == 7
     issm.make_lgssm_params(np.zeros(3), np.ones(3), np.eye(3), np.ones(3), np.ones((11, 3)), np.ones(11))
+    with pytest.raises(AssertionError, match="something was compiled"):
+        jnp.zeros((steps, 41))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
@@ -56,6 +75,8 @@ def test_the_quantile_is_that_of_the_normal_distribution(dtype):
     expected = statistics.NormalDist().inv_cdf(0.95)
     known = quantile_of_level(0.9, dtype)
     traced = jax.jit(lambda level: quantile_of_level(level, dtype))(jnp.asarray(0.9, dtype))
+    narrow = jax.jit(lambda level: quantile_of_level(level, jnp.dtype(dtype)))(jnp.asarray(0.5, jnp.float32))
+    np.testing.assert_allclose(narrow, quantile_of_level(0.5, dtype), rtol=1e-6 if dtype == jnp.float32 else 1e-13)
     for found in (known, traced):
         assert found.dtype == dtype
         np.testing.assert_allclose(found, expected, rtol=1e-6 if dtype == jnp.float32 else 1e-13)

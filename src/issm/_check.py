@@ -47,8 +47,6 @@ def as_float_array(argument: str, value: Any, dtype: Any = None) -> jax.Array:
 def as_floats(argument: str, value: Any, dtype: Any = None) -> jax.Array | np.ndarray:
     """The same, where it lies: what is not on a device yet stays on the host."""
     array = as_array(argument, value)
-    if isinstance(array, jax.Array) and array.dtype == dtype and jnp.issubdtype(dtype, jnp.floating):
-        return array
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         fail(
             argument,

@@ -30,5 +30,5 @@ def with_equal_axes(*arrays: Any) -> tuple[Any, ...]:
 def to_device(array: Any, dtype: Any = None) -> jax.Array:
     """A copy as a JAX array, without a program; what is one already, of this dtype, comes back as it is."""
     if isinstance(array, jax.Array):
-        return array if dtype in (None, array.dtype) else array.astype(dtype)
+        return array if dtype is None or array.dtype == dtype else array.astype(dtype)
     return jax.device_put(np.array(array, dtype))

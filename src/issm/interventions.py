@@ -202,10 +202,8 @@ def do(
             )
         mask[start:stop, state] = True
         values[state] = value
-    xp, given = on_host(*values.values())
-    values = dict(zip(values, given, strict=True))
-    columns = [xp.broadcast_to(values.get(state, np.zeros((), dtype)), stop - start) for state in range(state_dim)]
-    window = xp.stack(columns, axis=-1)
+    xp, columns = on_host(*(values.get(state, np.zeros((), dtype)) for state in range(state_dim)))
+    window = xp.stack([xp.broadcast_to(column, (stop - start,)) for column in columns], axis=-1)
     return Intervention(mask, xp.pad(window, ((start, num_timesteps - stop), (0, 0))), variance)
 
 

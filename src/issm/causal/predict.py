@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from issm._check import check_level
 from issm._compile import jit_quickly
-from issm._host import on_host, to_device
+from issm._host import is_concrete, to_device
 from issm._linalg import safe_sqrt, symmetrize
 from issm.causal.history import History, Scenario, as_scenario, plan_params
 from issm.causal.summaries import prediction_table
@@ -175,6 +175,6 @@ def forward_moments(transitions: Transitions) -> tuple[Array, Array]:
 def quantile_of_level(level: Any, dtype: Any) -> Array:
     """The standard normal quantile z for which mean ± z sd holds `level` of the mass."""
     check_level(level)
-    xp, (level,) = on_host(level)
-    special = scipy.special if xp is np else jax.scipy.special
-    return to_device(special.ndtri((1 + level) / 2), dtype)
+    if is_concrete(level):
+        return to_device(scipy.special.ndtri((1 + np.asarray(level)) / 2), dtype)
+    return jax.scipy.special.ndtri((1 + level.astype(dtype)) / 2)

@@ -137,7 +137,7 @@ def impulse_response(
     dtype = params.initial.mean.dtype
     uncertain, z = as_uncertain_parameters(params, parameters), quantile_of_level(level, dtype)
     value = as_number("value", value, dtype)
-    return _impulse_response(params, int(num_steps), jnp.asarray(source), value, uncertain, z, to_device(level, dtype))
+    return _impulse_response(params, int(num_steps), to_device(source), value, uncertain, z, to_device(level, dtype))
 
 
 @partial(jit_quickly, static_argnames="num_steps")

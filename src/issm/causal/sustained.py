@@ -203,7 +203,7 @@ def controlled_direct_effect(
             remedy="The source is held anyway.",
         )
     held = [state == source or state in mediators for state in range(params.state_dim)]
-    return _checked_effects(params, jnp.asarray(source), jnp.asarray(held), num_steps, value, parameters, level)
+    return _checked_effects(params, to_device(source), to_device(held), num_steps, value, parameters, level)
 
 
 def _checked_effects(

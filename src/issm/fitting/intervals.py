@@ -14,8 +14,11 @@ def quantiles(draws: Any, level: Any) -> tuple[Any, Any]:
     """Lower and upper ends of the central interval of every entry, over the leading axis."""
     check_level(level)
     tail = (1 - level) / 2
-    lower, upper = (jax.tree.map(lambda leaf, q=q: jnp.quantile(leaf, q, axis=0), draws) for q in (tail, 1 - tail))
-    return lower, upper
+
+    def of_all(probability: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.quantile(leaf, jnp.asarray(probability, leaf.dtype), axis=0), draws)
+
+    return of_all(tail), of_all(1 - tail)
 
 
 def means(draws: Any) -> Any:

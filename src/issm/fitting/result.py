@@ -107,7 +107,7 @@ FIELDS = (
 def first_broken_field(params: Any) -> Int[Array, ""]:
     """Place in `FIELDS` of the first field with an entry that is not finite, or -1."""
     fields = [values_of(attrgetter(name)(params)) for name in FIELDS]
-    finite = jnp.isfinite(jnp.concatenate([field.ravel() for field in fields]))
+    finite = jnp.concatenate([jnp.isfinite(field).ravel() for field in fields])
     ends = np.cumsum([field.size for field in fields])
     return jnp.where(finite.all(), -1, (jnp.argmin(finite) >= ends).sum()).astype(jnp.int32)
 
